@@ -1,0 +1,307 @@
+"""Activations: float32 rows per site with a table that says what each row is; in memory or on disk.
+
+Backends record them, steerers read them; nothing here runs a model. On disk a recording is a folder
+of shards (``00000.safetensors`` with one tensor per site, ``00000.rows.json`` with the table) and
+``activations.json``, written last, which names every file with its SHA-256.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from innsteer.errors import FormatError, InputError, UnknownName
+from innsteer.files import fresh_folder, read_json, sha256_file, write_json
+from innsteer.site import Site
+
+Read = Literal["last", "mean", "all", "span"]
+READS: tuple[str, ...] = get_args(Read)
+SIDES = ("source", "target", "unmoved")
+FORMAT = 1
+_FIRST = Site(0)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What each row is: equal-long columns.
+
+    ``pair`` joins the two sides of one item ("" = unpaired); ``token`` is the absolute position
+    that was read (the last one of a mean); ``weight`` is unitless, 1 by default.
+    """
+
+    behaviour: np.ndarray
+    item: np.ndarray
+    side: np.ndarray
+    key: np.ndarray
+    pair: np.ndarray
+    token: np.ndarray
+    split: np.ndarray
+    weight: np.ndarray
+
+    @classmethod
+    def of(cls, records: Sequence[Mapping[str, Any]]) -> "Rows":
+        """Columns from records; missing entries get the columns' defaults."""
+        defaults = {"key": "", "pair": "", "token": 0, "split": "train", "weight": 1.0}
+        columns = {}
+        for field in fields(cls):
+            column = [record.get(field.name, defaults.get(field.name)) for record in records]
+            kind = {"token": np.int64, "weight": np.float64}.get(field.name, np.str_)
+            columns[field.name] = np.asarray(column, dtype=kind)
+        return cls(**columns)
+
+    def records(self) -> list[dict[str, Any]]:
+        """One dictionary per row."""
+        columns = {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+        return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+    def __getitem__(self, index: np.ndarray) -> "Rows":
+        return Rows(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+
+    def __len__(self) -> int:
+        return len(self.item)
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Rows of one or many sites, with their table and where they came from.
+
+    Attributes:
+        values: Site -> float32 ``[rows, d]``; every site has the same rows.
+        rows: the table.
+        behaviours: in the column order of ``coef``.
+        read: which tokens became rows: ``last | mean | all | span``.
+        provenance: model, tokenizer and template fingerprint, contrast hash, software.
+
+    >>> acts = Activations.of_sides(torch.zeros(4, 3), torch.ones(4, 3))
+    >>> source, target = acts.sides(acts.site)
+    >>> target.mean().item() - source.mean().item()
+    1.0
+    """
+
+    values: Mapping[Site, Tensor]
+    rows: Rows
+    behaviours: tuple[str, ...]
+    read: Read = "last"
+    provenance: Mapping[str, Any] = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "provenance", dict(self.provenance or {}))
+        if not self.values:
+            raise InputError("activations of no site", expected="at least one site")
+        if self.read not in READS:
+            raise UnknownName("read rule", self.read, READS)
+        for site, rows in self.values.items():
+            if rows.ndim != 2 or len(rows) != len(self.rows):
+                raise InputError(
+                    f"site {site}: values of shape {tuple(rows.shape)}",
+                    expected=f"[{len(self.rows)}, d], one row per line of the table",
+                )
+            if not torch.isfinite(rows).all():
+                bad = int((~torch.isfinite(rows).all(-1)).sum())
+                raise InputError(
+                    f"site {site}: {bad} of {len(rows)} rows are not finite",
+                    remedy="record in float32, and look for the item that overflows",
+                )
+
+    @classmethod
+    def of_sides(
+        cls,
+        source: Tensor,
+        target: Tensor,
+        *,
+        site: Site = _FIRST,
+        behaviour: str = "behaviour",
+        paired: bool = True,
+    ) -> "Activations":
+        """Activations from two plain tensors ``[n, d]`` and ``[m, d]``, paired by row if asked."""
+        if paired and len(source) != len(target):
+            raise InputError(
+                f"{len(source)} source and {len(target)} target rows as pairs",
+                expected="equally many",
+                remedy="pass paired=False",
+            )
+        records = [
+            {
+                "behaviour": behaviour,
+                "item": f"{i}" if paired else f"{side}-{i}",
+                "side": side,
+                "pair": f"{i}" if paired else "",
+            }
+            for side, part in (("source", source), ("target", target))
+            for i in range(len(part))
+        ]
+        return cls({site: torch.cat([source, target])}, Rows.of(records), (behaviour,))
+
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """The recorded sites, lowest layer first."""
+        return tuple(sorted(self.values))
+
+    @property
+    def site(self) -> Site:
+        """The only site of a one-site recording."""
+        if len(self.values) != 1:
+            raise InputError(f"{len(self.values)} sites where one is meant")
+        return self.sites[0]
+
+    @property
+    def widths(self) -> dict[Site, int]:
+        """Site -> width d."""
+        return {site: self.values[site].shape[1] for site in self.sites}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def where(self, **columns: str | Sequence[str]) -> "Activations":
+        """The rows whose columns have the given value, or one of the given values."""
+        keep = np.ones(len(self), dtype=bool)
+        for name, wanted in columns.items():
+            values = [wanted] if isinstance(wanted, str) else list(wanted)
+            keep &= np.isin(getattr(self.rows, name), values)
+        index = np.flatnonzero(keep)
+        chosen = torch.from_numpy(index)
+        values_ = {site: rows[chosen] for site, rows in self.values.items()}
+        return replace(self, values=values_, rows=self.rows[index])
+
+    def at(self, *sites: Site) -> "Activations":
+        """Only the given sites."""
+        missing = [site for site in sites if site not in self.values]
+        if missing:
+            raise UnknownName("recorded site", str(missing[0]), [str(s) for s in self.sites])
+        return replace(self, values={site: self.values[site] for site in sites})
+
+    def sides(self, site: Site, behaviour: str | None = None) -> tuple[Tensor, Tensor]:
+        """Source and target rows of a behaviour (the first by default), ``[n, d]``, ``[m, d]``.
+
+        Raises:
+            InputError: one side is empty.
+        """
+        name = behaviour or self.behaviours[0]
+        parts = []
+        for side in ("source", "target"):
+            index = (self.rows.side == side) & (self.rows.behaviour == name)
+            if not index.any():
+                raise InputError(
+                    f"behaviour {name!r} has no {side} rows",
+                    expected="rows of both sides",
+                    remedy="record the whole training part",
+                )
+            parts.append(self.values[site][torch.from_numpy(np.flatnonzero(index))])
+        return parts[0], parts[1]
+
+    def pairs(self, site: Site, behaviour: str | None = None) -> tuple[Tensor, Tensor]:
+        """Source and target rows ``[n, d]`` aligned by pair; several tokens of a side are meaned.
+
+        Pairs with only one side are left out; both empty means unpaired data.
+        """
+        name = behaviour or self.behaviours[0]
+        mine = (self.rows.behaviour == name) & (self.rows.pair != "")
+        in_source = set(self.rows.pair[mine & (self.rows.side == "source")])
+        in_target = set(self.rows.pair[mine & (self.rows.side == "target")])
+        order = sorted(in_source & in_target)
+        place = {pair: i for i, pair in enumerate(order)}
+        values, means = self.values[site], []
+        for side in ("source", "target"):
+            index = np.flatnonzero(mine & (self.rows.side == side) & np.isin(self.rows.pair, order))
+            slot = torch.tensor([place[pair] for pair in self.rows.pair[index]], dtype=torch.long)
+            total = torch.zeros(len(order), values.shape[1], dtype=values.dtype)
+            count = torch.zeros(len(order), 1, dtype=values.dtype)
+            total.index_add_(0, slot, values[torch.from_numpy(index)])
+            count.index_add_(0, slot, torch.ones(len(index), 1, dtype=values.dtype))
+            means.append(total / count)
+        return means[0], means[1]
+
+    # --- on disk ---------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path) -> Path:
+        """Write as a one-shard recording; the folder must not exist."""
+        with ShardWriter(folder, self.behaviours, self.read, self.provenance) as shards:
+            shards.write(self.values, self.rows)
+        return Path(folder)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Activations":
+        """Read a recording back, checking every file.
+
+        Raises:
+            FormatError: not a finished recording, or a file is missing or altered.
+        """
+        folder = Path(folder)
+        head = read_json(folder / "activations.json", "a finished recording")
+        if head.get("format") != FORMAT:
+            raise FormatError(f"{folder}: format {head.get('format')!r}", expected=str(FORMAT))
+        values: dict[Site, list[Tensor]] = {}
+        records: list[dict[str, Any]] = []
+        for name, digest in head["files"].items():
+            if Path(name).name != name or not (folder / name).is_file():
+                raise FormatError(f"{folder}: file {name!r} is missing")
+            if sha256_file(folder / name) != digest:
+                raise FormatError(
+                    f"{folder / name} is not the file that was recorded (its SHA-256 differs)",
+                    remedy="record again",
+                )
+            if name.endswith(".json"):
+                records += json.loads((folder / name).read_text(encoding="utf-8"))
+            else:
+                for key, rows in load_file(folder / name).items():
+                    values.setdefault(Site.parse(key), []).append(rows)
+        joined = {site: torch.cat(parts) for site, parts in sorted(values.items())}
+        behaviours = tuple(head["behaviours"])
+        return cls(joined, Rows.of(records), behaviours, head["read"], head["provenance"])
+
+    @property
+    def hash(self) -> str:
+        """SHA-256 over table and values, independent of shards."""
+        digest = hashlib.sha256(json.dumps(self.rows.records(), sort_keys=True).encode())
+        for site in self.sites:
+            digest.update(str(site).encode())
+            digest.update(self.values[site].float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+
+class ShardWriter:
+    """Writes a recording shard by shard; the folder appears whole at the end, or not at all."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        behaviours: Sequence[str],
+        read: str,
+        provenance: Mapping[str, Any],
+    ) -> None:
+        self._head = {
+            "format": FORMAT,
+            "behaviours": list(behaviours),
+            "read": read,
+            "provenance": dict(provenance),
+        }
+        self._files: dict[str, str] = {}
+        self._staging = fresh_folder(folder)
+        self._folder: Path | None = None
+
+    def __enter__(self) -> "ShardWriter":
+        self._folder = self._staging.__enter__()
+        return self
+
+    def write(self, values: Mapping[Site, Tensor], rows: Rows) -> None:
+        """Add one shard: values ``[n, d]`` per site and their table."""
+        assert self._folder is not None, "use as a context manager"
+        stem = f"{len(self._files) // 2:05d}"
+        tensors = {str(site): v.float().contiguous() for site, v in values.items()}
+        save_file(tensors, self._folder / f"{stem}.safetensors")
+        write_json(self._folder / f"{stem}.rows.json", rows.records())
+        for suffix in ("safetensors", "rows.json"):
+            name = f"{stem}.{suffix}"
+            self._files[name] = sha256_file(self._folder / name)
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None and self._folder is not None:
+            write_json(self._folder / "activations.json", self._head | {"files": self._files})
+        self._staging.__exit__(*error)  # type: ignore[arg-type]

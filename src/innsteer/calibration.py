@@ -1,0 +1,113 @@
+"""Calibration: the measured dose-response curve of one behaviour, and strengths in its units."""
+
+import re
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from innsteer.errors import BudgetError, InputError
+
+BUDGET = 0.0953
+"""Default cost budget in nats per token: +10 % expected perplexity of unsteered text."""
+
+
+@dataclass(frozen=True)
+class Dose:
+    """What one strength does, measured on validation prompts.
+
+    Attributes:
+        strength: 0 = unsteered, 1 = the fitted map; unitless.
+        nats: neutral cost, mean KL(base || steered) per token; low, high: its 90 % interval.
+        control: the tuning objective (0.5 = no effect); None where it was not measured.
+        displacement: mean |h' - h| / |h| over steered tokens.
+    """
+
+    strength: float
+    nats: float
+    low: float
+    high: float
+    displacement: float
+    control: float | None = None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A behaviour's dose-response curve and the strength that spends the budget.
+
+    Attributes:
+        doses: in the order of strength; negative strengths steer the other way.
+        budget: nats per token. strength: the largest tried strength within the budget.
+        tokens: response tokens of the last check. preview: True when the check was left out, so
+            that the strength rests on the search's tokens alone.
+
+    >>> curve = Calibration((Dose(0, 0, 0, 0, 0), Dose(2, 0.1, 0.09, 0.11, 0.2)), 0.1, 2.0, 300)
+    >>> curve.resolve("budget"), curve.resolve("0.025nat"), curve.resolve(0.5)
+    (2.0, 1.0, 0.5)
+    """
+
+    doses: tuple[Dose, ...]
+    budget: float
+    strength: float
+    tokens: int
+    preview: bool = False
+
+    def resolve(self, strength: float | str) -> float:
+        """A number from a number, "budget", or a cost like "0.05nat" ("-0.05nat": the other way).
+
+        Between measured strengths the root of the cost is interpolated: for small edits the cost
+        grows with the square of the strength.
+
+        Raises:
+            InputError: not one of these. BudgetError: a cost beyond the measured curve.
+        """
+        if isinstance(strength, int | float):
+            return float(strength)
+        if strength == "budget":
+            return self.strength
+        match = re.fullmatch(r"([+-]?)(\d*\.?\d+(?:e-?\d+)?)\s*nats?", strength.strip())
+        if match is None:
+            return parse_number(strength)
+        sign = -1.0 if match[1] == "-" else 1.0
+        wanted = float(match[2])
+        side = sorted(
+            (abs(d.strength), d.nats)
+            for d in self.doses
+            if d.strength * sign > 0 or d.strength == 0
+        )
+        strengths = np.array([0.0, *(s for s, _ in side if s > 0)])
+        # A cost never falls with strength but for noise; interpolation needs it monotone.
+        nats = np.maximum.accumulate(np.array([0.0, *(n for s, n in side if s > 0)]))
+        if len(strengths) < 2 or wanted > nats[-1]:
+            raise BudgetError(
+                f"strength {strength!r} is beyond the measured dose-response curve",
+                expected=f"at most {nats[-1]:.4g} nats in this direction",
+                remedy="tune with a larger budget",
+            )
+        return float(sign * np.interp(np.sqrt(wanted), np.sqrt(nats), strengths))
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data for steering.json."""
+        return asdict(self) | {"doses": [asdict(dose) for dose in self.doses]}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> "Calibration":
+        """The inverse of ``to_json``."""
+        return cls(**(data | {"doses": tuple(Dose(**dose) for dose in data["doses"])}))
+
+
+def parse_number(text: str) -> float:
+    """A strength given as text.
+
+    >>> parse_number("-1.5")
+    -1.5
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        raise InputError(
+            f"strength {text!r}", expected='a number, "budget", or a cost like "0.05nat"'
+        ) from None
+    if not np.isfinite(value):
+        raise InputError(f"strength {text!r}", expected="a finite number")
+    return value

@@ -1,0 +1,124 @@
+"""Writing folders and files so that they appear whole or not at all, and reading JSON safely."""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from innsteer.errors import FormatError, InputError
+
+MAX_JSON = 64 * 2**20
+
+
+@contextmanager
+def fresh_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]:
+    """A staging folder beside ``folder`` that becomes it on success and vanishes on failure.
+
+    Raises:
+        InputError: the folder exists (and ``replace`` is off), is a symlink, or cannot be made.
+    """
+    target = Path(folder)
+    if target.is_symlink() or (target.exists() and not (replace and target.is_dir())):
+        raise InputError(
+            f"{target} exists already",
+            remedy="choose another name, or remove it first",
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise InputError(f"cannot write to {target.parent}: {error.strerror}") from error
+    try:
+        yield staging
+        for path in staging.rglob("*"):
+            _sync(path)
+        # mkdtemp makes 0700; people expect what their umask says.
+        umask = os.umask(0)
+        os.umask(umask)
+        staging.chmod(0o777 & ~umask)
+        for path in staging.rglob("*"):
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~umask)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            os.replace(target, old / target.name)
+            os.replace(staging, target)
+            shutil.rmtree(old)
+        else:
+            os.replace(staging, target)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+
+
+def _sync(path: Path) -> None:
+    """Flush a file to disk, so that a crash after the rename finds it whole."""
+    if path.is_file():
+        with path.open("rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file by temporary name and rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write JSON with sorted keys; numbers that JSON does not know are refused."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, what: str) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        FormatError: missing, too large, not UTF-8, not JSON or not an object.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FormatError(f"{path} does not exist", expected=what)
+    if path.stat().st_size > MAX_JSON:
+        raise FormatError(f"{path} has {path.stat().st_size} bytes", expected=f"<= {MAX_JSON}")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(f"{path} is not JSON: {error}", expected=what) from error
+    if not isinstance(value, dict):
+        raise FormatError(f"{path} holds a {type(value).__name__}", expected="a JSON object")
+    return value
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, as hex."""
+    digest = hashlib.sha256()
+    with Path(path).open("rb") as stream:
+        while chunk := stream.read(2**20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """One byte string per JSON value, for hashing.
+
+    >>> canonical({"b": 1, "a": [1.5, None]})
+    b'{"a":[1.5,null],"b":1}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()

@@ -1,0 +1,309 @@
+"""Attach edits to a Hugging Face model: hooks in one ExitStack, positions, and the trace.
+
+One pre-hook on the base model plans each forward pass: absolute positions of its tokens, and from
+them which rows each edit touches. A hook per site then applies the interventions to those rows and
+to no others, so a sequence at strength 0 never passes through any arithmetic.
+"""
+
+import inspect
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from innsteer.errors import InputError, NothingSteeredError, PositionError, RefusedError
+from innsteer.interventions import Edit
+from innsteer.models import LanguageModel, Layout, find_layout
+from innsteer.site import Site, Span
+
+# Caches that hold steered tokens. Weak, because the caller owns them.
+_STEERED_CACHES: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+@dataclass
+class Trace:
+    """Which positions were steered: the oracle that tests and receipts read.
+
+    Attributes:
+        steered: per sequence of the current call, the absolute positions that an edit's scope
+            selected and whose coefficients are not all 0.
+        selected: number of tokens selected by scope since attaching, at any strength.
+        touched: number of tokens edited since attaching, counted once for all sites.
+        nonfinite: tokens left alone because their activation was not finite.
+    """
+
+    steered: list[list[int]] = field(default_factory=list)
+    selected: int = 0
+    touched: int = 0
+    nonfinite: int = 0
+
+
+class Attachment:
+    """Edits on a model, as a context manager; leaving it restores the model exactly.
+
+    Args:
+        model: a LanguageModel, or a Hugging Face causal language model of yours.
+        edits: applied one after the other where they share a site.
+        prompt_lengths: prompt tokens of each sequence; ``model.generate`` makes them known.
+        turns: assistant turns of each sequence, for scope ``assistant``.
+        displacement: a list to which |h' - h| / |h| of every edited row is appended.
+
+    Raises:
+        NothingSteeredError: on leaving, when no token was in any edit's scope.
+        PositionError, RefusedError: in a pass whose positions cannot be known or trusted.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel | nn.Module,
+        edits: Sequence[Edit],
+        *,
+        prompt_lengths: Sequence[int] | None = None,
+        turns: Sequence[Sequence[Span]] | None = None,
+        displacement: list[float] | None = None,
+    ) -> None:
+        self._displacement = displacement
+        self._model: Any = model.model if isinstance(model, LanguageModel) else model
+        self._layout = model.layout if isinstance(model, LanguageModel) else find_layout(model)
+        self._edits = list(edits)
+        self._prompts = list(prompt_lengths) if prompt_lengths is not None else None
+        self._given = self._prompts is not None
+        self._turns = [tuple(spans) for spans in turns] if turns is not None else None
+        self._plan: list[tuple[Tensor, Tensor]] = []
+        self._stack = ExitStack()
+        self.trace = Trace()
+        _check(self._layout, self._edits)
+
+    def __enter__(self) -> "Attachment":
+        with ExitStack() as stack:
+            base = self._model.base_model
+            signature = inspect.signature(base.forward)
+
+            def plan(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self._plan_pass(signature.bind_partial(*args, **kwargs).arguments)
+
+            handle = base.register_forward_pre_hook(plan, with_kwargs=True)
+            stack.callback(handle.remove)
+            for site in sorted({site for edit in self._edits for site in edit.interventions}):
+                stack.callback(self._hook(site).remove)
+            for edit in self._edits:
+                edit.interventions.to(self._model.device)
+            stack.callback(self._wrap_generate())
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        where: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        if kind is None and not self.trace.selected:
+            scopes = ", ".join(sorted({str(edit.where) for edit in self._edits}))
+            raise NothingSteeredError(
+                f"no token was steered (scope {scopes})",
+                expected="at least one token in scope in a forward pass of this model",
+                remedy="check the scope against the prompts, and that this model was the one run",
+            )
+
+    # --- planning a pass -------------------------------------------------------------------------
+
+    def _plan_pass(self, call: dict[str, Any]) -> None:
+        """Which rows of the coming pass each edit touches, and with which coefficients."""
+        positions, real, start = _positions(call)
+        batch = len(positions)
+        if start == 0 or len(self.trace.steered) != batch:
+            self.trace.steered = [[] for _ in range(batch)]
+        cache = call.get("past_key_values")
+        self._plan = []
+        union = torch.zeros_like(real)
+        selected = torch.zeros_like(real)
+        for edit in self._edits:
+            inside = self._inside(edit, positions) & real
+            coef = edit.rows(batch).to(positions.device)
+            acting = inside & (coef != 0).any(-1, keepdim=True)
+            index = acting.flatten().nonzero().squeeze(-1)
+            rows = coef.repeat_interleave(positions.shape[1], 0)[index]
+            self._plan.append((index, rows))
+            union |= acting
+            selected |= inside
+        self.trace.selected += int(selected.sum())
+        self.trace.touched += int(union.sum())
+        for row, column in union.nonzero().tolist():
+            self.trace.steered[row].append(int(positions[row, column]))
+        if cache is not None and bool(union.any()):
+            _STEERED_CACHES.add(cache)
+
+    def _inside(self, edit: Edit, positions: Tensor) -> Tensor:
+        """Mask ``[batch, time]`` of the positions in an edit's scope."""
+        batch = len(positions)
+        inside = torch.zeros(positions.shape, dtype=torch.bool, device=positions.device)
+        for row in range(batch):
+            prompt = _entry(self._prompts, row, batch)
+            turns = _entry(self._turns, row, batch)
+            for start, stop in edit.where.spans(prompt=prompt, turns=turns):
+                span = positions[row] >= start
+                inside[row] |= span if stop is None else span & (positions[row] < stop)
+        return inside
+
+    # --- applying --------------------------------------------------------------------------------
+
+    def _hook(self, site: Site) -> Any:
+        """A hook that sends the planned rows of one site through its edits."""
+        module, port = self._layout.at(site)
+        mine = [
+            (number, edit.interventions[site])
+            for number, edit in enumerate(self._edits)
+            if site in edit.interventions.sites
+        ]
+
+        def steer(h: Tensor) -> Tensor:
+            for number, intervention in mine:
+                index, coef = self._plan[number]
+                if len(index):
+                    h = self._apply(intervention, h, index, coef)
+            return h
+
+        if port == "input":
+            return module.register_forward_pre_hook(lambda _, args: (steer(args[0]), *args[1:]))
+
+        def after(_: nn.Module, args: Any, output: Any) -> Any:
+            if isinstance(output, tuple):
+                return (steer(output[0]), *output[1:])
+            return steer(output)
+
+        return module.register_forward_hook(after)
+
+    def _apply(self, part: Callable[..., Tensor], h: Tensor, index: Tensor, coef: Tensor) -> Tensor:
+        """Edit the indexed rows of ``[batch, time, d]``; the others are the same bits."""
+        flat = h.reshape(-1, h.shape[-1])
+        every = len(index) == len(flat)
+        rows = flat if every else flat[index.to(flat.device)]
+        self.trace.nonfinite += int((~torch.isfinite(rows).all(-1)).sum())
+        new = part(rows, coef.to(rows.device))
+        if self._displacement is not None:
+            before, after = rows.float(), new.float()
+            relative = (after - before).norm(dim=-1) / before.norm(dim=-1)
+            self._displacement.extend(relative.tolist())
+        if every:
+            return new.reshape(h.shape)
+        return flat.index_copy(0, index.to(flat.device), new).reshape(h.shape)
+
+    # --- generate --------------------------------------------------------------------------------
+
+    def _wrap_generate(self) -> Callable[[], None]:
+        """Let ``model.generate`` make the prompt lengths known; returns what undoes it."""
+        model, own = self._model, vars(self._model).get("generate")
+        generate = model.generate
+
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self._admit(kwargs)
+            if not self._given:
+                self._prompts = _prompt_lengths(model, args, kwargs)
+            try:
+                return generate(*args, **kwargs)
+            finally:
+                if not self._given:
+                    self._prompts = None
+
+        model.generate = wrapped
+
+        def undo() -> None:
+            if own is None:
+                del model.generate
+            else:
+                model.generate = own
+
+        return undo
+
+    def _admit(self, kwargs: dict[str, Any]) -> None:
+        """Refuse what would steer other tokens than asked."""
+        cache = kwargs.get("past_key_values")
+        scopes = {edit.where.scope for edit in self._edits}
+        if cache is not None and cache in _STEERED_CACHES and scopes & {"generated", "prompt"}:
+            raise RefusedError(
+                "a cache that holds steered tokens, reused for a new turn under scope 'generated'",
+                expected="a fresh cache: past turns of a recomputed prompt would be unsteered",
+                remedy="use scope 'assistant', which gives the same edit either way",
+            )
+
+
+def _entry(values: Sequence[Any] | None, row: int, batch: int) -> Any:
+    """A sequence's entry, where generate() may have expanded each prompt into several."""
+    if values is None:
+        return None
+    if batch % len(values):
+        raise PositionError(
+            f"{len(values)} prompts' lengths or turns for a batch of {batch} sequences",
+            expected="one per prompt",
+        )
+    return values[row // (batch // len(values))]
+
+
+def _positions(call: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
+    """Absolute positions ``[batch, time]``, which of them are real, and the cache's length."""
+    ids = call.get("input_ids")
+    first = ids if ids is not None else call.get("inputs_embeds")
+    if first is None:
+        raise PositionError("a forward pass without input_ids or inputs_embeds")
+    batch, time = first.shape[:2]
+    cache = call.get("past_key_values")
+    start = int(cache.get_seq_length()) if cache is not None else 0
+    mask = call.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1] >= start + time:
+        # Columns are absolute slots; padding, left or right, does not count.
+        filled = mask.to(torch.long).cumsum(-1) - 1
+        window = slice(start, start + time)
+        return filled[:, window], mask[:, window].bool(), start
+    if mask is not None and call.get("position_ids") is None:
+        raise PositionError(
+            "an attention mask that is not [batch, tokens], without position_ids",
+            expected="a 2-dimensional mask, or position_ids",
+        )
+    given = call.get("position_ids")
+    if given is not None:
+        positions = given.expand(batch, time)
+    else:
+        positions = torch.arange(start, start + time, device=first.device).expand(batch, time)
+    return positions, torch.ones_like(positions, dtype=torch.bool), start
+
+
+def _prompt_lengths(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """Real prompt tokens of each sequence given to generate()."""
+    ids = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+    mask = kwargs.get("attention_mask")
+    if mask is not None and mask.ndim == 2:
+        return [int(n) for n in mask.sum(-1)]
+    if ids is None:
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is None:
+            raise PositionError("generate() without input_ids", expected="a prompt to count")
+        return [embeds.shape[1]] * len(embeds)
+    config = model.generation_config
+    pad = kwargs.get("pad_token_id", config.pad_token_id)
+    eos = kwargs.get("eos_token_id", config.eos_token_id)
+    ends = eos if isinstance(eos, list) else [eos]
+    if pad is not None and pad not in ends:
+        return [int(n) for n in (ids != pad).sum(-1)]
+    return [ids.shape[1]] * len(ids)
+
+
+def _check(layout: Layout, edits: Sequence[Edit]) -> None:
+    """Every edit fits the model: sites exist, widths agree."""
+    if not edits:
+        raise InputError("no edit to attach", expected="at least one steering")
+    for edit in edits:
+        for site, part in edit.interventions.items():
+            width = layout.width_of(site)
+            own = getattr(part, "width", width)
+            if own != width:
+                raise InputError(
+                    f"steering of width {own} at site {site}, where this model has {width}",
+                    remedy="it was fitted on another model; fit it on this one",
+                )

@@ -1,0 +1,28 @@
+"""Perplexity of the answers under the unsteered model."""
+
+import math
+
+import numpy as np
+
+from innsteer.backends.base import Completion
+from innsteer.metrics.base import Measured, Metric
+
+
+class Perplexity(Metric):
+    """exp of the mean negative log-probability per token of the answers, unsteered; >= 1.
+
+    Natural logarithm inside; ``base_log_prob`` holds the unsteered model's per-token values.
+    """
+
+    kind = "sample"
+    unit = "perplexity per token"
+    better = "lower"
+
+    def measure(self, completion: Completion) -> Measured | None:
+        """The answer's mean negative log-probability, weighed by its tokens."""
+        values = completion.values.get("base_log_prob", ())
+        return Measured(-sum(values) / len(values), len(values)) if values else None
+
+    def combine(self, values: np.ndarray, weights: np.ndarray, strata: np.ndarray) -> float:
+        """exp of the token-weighted mean."""
+        return math.exp(min(float(np.average(values, weights=weights)), 700.0))

@@ -1,0 +1,281 @@
+"""Load a causal language model, find its parts, and turn conversations into token ids.
+
+Knows models, tokenizers and chat templates; nothing of steering.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from innsteer.errors import InputError, PositionError
+from innsteer.fingerprint import Fingerprint, fingerprint
+from innsteer.layout import Layout, find_layout
+from innsteer.smollm2 import hub_reachable, load_gguf, quiet_transformers, smollm2_folder
+
+__all__ = [
+    "Encoded",
+    "Fingerprint",
+    "LanguageModel",
+    "Layout",
+    "Message",
+    "find_layout",
+    "load_model",
+]
+
+Message = Mapping[str, str]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A conversation as token ids, with what the scopes of steering need to know about it."""
+
+    ids: tuple[int, ...]
+    prompt: int
+    """Number of prompt tokens; what follows are the tokens of a given answer."""
+    turns: tuple[tuple[int, int], ...]
+    """Half-open spans of all assistant turns, the open one last: each from the token before the
+    turn's first, whose activation makes that first token, to the turn's last, its end mark
+    included. The open one ends with the ids; generated tokens prolong it."""
+
+
+@dataclass(frozen=True, eq=False)
+class LanguageModel:
+    """A model with its tokenizer and the layout of its parts; a shell that owns nothing else."""
+
+    model: Any
+    tokenizer: Any
+    layout: Layout
+    name: str
+
+    @classmethod
+    def wrap(cls, model: Any, tokenizer: Any, *, name: str | None = None) -> "LanguageModel":
+        """A LanguageModel around a model and tokenizer in memory; neither is changed.
+
+        Raises:
+            LayoutError: the model's parts could not be found.
+        """
+        return cls(model, tokenizer, find_layout(model), name or type(model).__name__)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return torch.device(next(iter(self.model.parameters())).device)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """Digests of structure, weights, tokenizer and template, taken on first use and kept."""
+        return fingerprint(self.model, self.tokenizer, name=self.name)
+
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """Ids that end a turn: those of the generation config and the tokenizer's own."""
+        config = getattr(self.model, "generation_config", None)
+        stops = getattr(config, "eos_token_id", None)
+        every = [*(stops if isinstance(stops, list) else [stops]), self.tokenizer.eos_token_id]
+        return frozenset(stop for stop in every if stop is not None)
+
+    def encode(
+        self, conversation: str | Sequence[Message], *, answer: str | None = None
+    ) -> Encoded:
+        """Token ids of a conversation up to the point where the assistant answers.
+
+        Args:
+            conversation: one user turn, or messages with ``role`` and ``content`` of which the last
+                is not the assistant's. A model without a chat template takes plain text alone.
+            answer: text of the open turn; its tokens follow the prompt's, which stay as they are,
+                and no end mark is added.
+
+        Raises:
+            InputError: the messages are malformed, or there is no chat template for them.
+            PositionError: the template changes earlier turns as a conversation grows, so that past
+                assistant turns cannot be told apart.
+        """
+        messages = _messages(conversation)
+        if self.tokenizer.chat_template:
+            text = self._render(messages, opened=True)
+            ids = self._ids(text)
+            past = [
+                self._turn(messages, index, ids)
+                for index, message in enumerate(messages)
+                if message["role"] == "assistant"
+            ]
+        elif isinstance(conversation, str):
+            text, past = conversation, []
+            ids = self._ids(text, special=True)
+        else:
+            raise InputError(
+                f"messages for {self.name!r}, whose tokenizer has no chat template",
+                expected="plain text",
+                remedy="pass a string, or set tokenizer.chat_template",
+            )
+        if not ids:
+            raise InputError("an empty prompt", expected="at least one token")
+        full = ids if not answer else self._continued(text, ids, answer)
+        return Encoded(tuple(full), len(ids), (*past, (len(ids) - 1, len(full))))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of token ids without special tokens."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def _render(self, messages: Sequence[Message], *, opened: bool) -> str:
+        """The template's text, with the header of a new assistant turn if opened."""
+        from jinja2 import TemplateError
+
+        try:
+            rendered = self.tokenizer.apply_chat_template(
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=opened,
+            )
+        except TemplateError as error:
+            roles = ", ".join(message["role"] for message in messages)
+            raise InputError(
+                f"the chat template of {self.name!r} refuses the roles [{roles}]: {error}",
+                expected="a conversation that it accepts",
+            ) from error
+        return str(rendered)
+
+    def _ids(self, text: str, *, special: bool = False) -> list[int]:
+        """Ids of a text; a template writes its special tokens itself, so none are added to it."""
+        return list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+
+    def _turn(self, messages: Sequence[Message], index: int, ids: list[int]) -> tuple[int, int]:
+        """The span of a past assistant turn, from the lengths of the prefixes that frame it."""
+        try:
+            before = self._ids(self._render(messages[:index], opened=True))
+            after = self._ids(self._render(messages[: index + 1], opened=False))
+        except InputError as error:
+            raise PositionError(
+                f"message {index}: its prefix cannot be rendered: {error}"
+            ) from error
+        if not before or ids[: len(before)] != before or ids[: len(after)] != after:
+            raise PositionError(
+                f"the start of assistant message {index} cannot be found: the conversation up to "
+                "it does not render to a prefix of the whole one",
+                expected="a chat template that leaves earlier turns as they were",
+                remedy="use a scope other than 'assistant', or give the spans yourself",
+            )
+        # What the template puts after the end mark (a newline) is no token of the turn.
+        stops = [at for at in range(len(before), len(after)) if ids[at] in self.stop_ids]
+        return len(before) - 1, stops[-1] + 1 if stops else len(after)
+
+    def _continued(self, text: str, ids: list[int], answer: str) -> list[int]:
+        """Prompt and answer: tokenised as one text where that leaves the prompt's ids alone."""
+        whole = self._ids(text + answer, special=not self.tokenizer.chat_template)
+        if whole[: len(ids)] == ids:
+            return whole
+        return ids + self._ids(answer)
+
+
+def load_model(
+    source: str | Path = "smollm2",
+    *,
+    dtype: str | torch.dtype = "float32",
+    device: str | torch.device = "cpu",
+    revision: str | None = None,
+) -> LanguageModel:
+    """Load a causal language model from safetensors or GGUF; no code and no pickle is ever run.
+
+    Args:
+        source: ``"smollm2"`` (SmolLM2-135M-Instruct, made once in the cache folder), a local
+            folder, a ``.gguf`` file, or a Hub id.
+        dtype: float32, bfloat16 or float16; GGUF weights are dequantised.
+        device: where the model goes.
+        revision: branch, tag or commit of a Hub id.
+
+    Raises:
+        InputError: there is no such model, or its weights are no safetensors.
+        LayoutError: the model's parts could not be found.
+        MissingPackage: a GGUF file, and the packages that read it are not installed.
+    """
+    kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if kind is None or kind not in DTYPES.values():
+        raise InputError(f"dtype {dtype!r}", expected="one of " + ", ".join(DTYPES))
+    path = Path(source).expanduser()
+    if str(source) == "smollm2" and not path.is_dir():
+        model, tokenizer = _load(str(smollm2_folder()), dtype=kind, local=True)
+        name = "smollm2"
+    elif path.suffix == ".gguf" and path.is_file():
+        model, tokenizer = load_gguf(path)
+        name = path.name
+    elif path.is_dir():
+        model, tokenizer = _load(str(path), dtype=kind, local=True)
+        name = path.resolve().name
+    elif isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.gguf)", source):
+        # Without an answer only what is in the Hub's cache can be had, and that without retries.
+        local = not hub_reachable(source)
+        model, tokenizer = _load(source, dtype=kind, local=local, revision=revision)
+        name = source
+    else:
+        raise InputError(
+            f"no model {str(source)!r}",
+            expected='"smollm2", a folder with config.json, a .gguf file or a Hub id "owner/name"',
+        )
+    model.to(device=device, dtype=kind).eval().requires_grad_(False)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.generation_config.pad_token_id is None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+    return LanguageModel.wrap(model, tokenizer, name=name)
+
+
+def _load(
+    source: str, *, dtype: torch.dtype, local: bool, revision: str | None = None
+) -> tuple[Any, Any]:
+    """Model and tokenizer by transformers, without remote code and without pickled weights."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        with quiet_transformers():
+            model = AutoModelForCausalLM.from_pretrained(
+                source,
+                dtype=dtype,
+                revision=revision or "main",
+                local_files_only=local,
+                trust_remote_code=False,
+                use_safetensors=True,
+            )
+            tokenizer = AutoTokenizer.from_pretrained(
+                source,
+                revision=revision or "main",
+                local_files_only=local,
+                trust_remote_code=False,
+            )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"no model could be loaded from {source!r}: {reason[0]}",
+            expected="a causal language model with safetensors weights and a tokenizer",
+            remedy="the Hub was not reached" if local and not Path(source).is_dir() else "",
+        ) from error
+    return model, tokenizer
+
+
+def _messages(conversation: str | Sequence[Message]) -> list[Message]:
+    """The conversation as checked messages."""
+    if isinstance(conversation, str):
+        return [{"role": "user", "content": conversation}]
+    messages = list(conversation)
+    for index, message in enumerate(messages):
+        fits = isinstance(message, Mapping) and all(
+            isinstance(message.get(key), str) for key in ("role", "content")
+        )
+        if not fits:
+            raise InputError(
+                f"message {index} is {message!r}", expected='{"role": text, "content": text}'
+            )
+    if not messages:
+        raise InputError("an empty conversation", expected="at least one message")
+    if messages[-1]["role"] == "assistant":
+        raise InputError(
+            "the conversation ends with the assistant's turn",
+            expected="a user's turn last",
+            remedy="give the text of the last answer as answer=",
+        )
+    return messages

@@ -1,0 +1,177 @@
+"""The contract: Steerer (the fitted half) and Intervention (the applied half).
+
+A steerer sees rows of activations (or a Runner), never prompts, models or engines. An intervention
+is pure tensor code on flat rows ``[tokens, d]``, so one map serves Hugging Face's ``[batch, time,
+d]`` and an engine's ragged batch alike.
+"""
+
+import importlib
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from innsteer import shelf
+from innsteer.activations import Activations
+from innsteer.errors import InputError, UnknownName
+from innsteer.site import Site
+
+
+class Intervention(nn.Module, ABC):
+    """The applied half at one site: a map of rows, no data, no prompts, no method names.
+
+    h' = h + displacement(h, coef). Subclasses write ``displacement``; ``forward`` keeps the laws:
+    rows whose coefficients are all 0, and rows that are not finite, come back bit for bit; shape,
+    dtype and device are kept; nothing happens in place.
+    """
+
+    def forward(self, h: Tensor, coef: Tensor) -> Tensor:
+        """Steer rows.
+
+        Args:
+            h: activations ``[tokens, d]``, any float dtype.
+            coef: strengths ``[tokens, k]``, one per token and behaviour; 0 = unsteered, 1 = the
+                fitted map, unitless.
+
+        Returns:
+            ``[tokens, d]`` in the dtype of ``h``.
+        """
+        dtype = self.compute_dtype(h)
+        edited = h.to(dtype) + self.displacement(h.to(dtype), coef.to(dtype))
+        # A select, not a product with a mask: 0 * inf would not be nothing.
+        touched = self.touched(h, coef)
+        return torch.where(touched.unsqueeze(-1), edited.to(h.dtype), h)
+
+    @abstractmethod
+    def displacement(self, h: Tensor, coef: Tensor) -> Tensor:
+        """The edit ``h' - h``, ``[tokens, d]``, of rows in the compute dtype."""
+
+    @staticmethod
+    def touched(h: Tensor, coef: Tensor) -> Tensor:
+        """Which rows an edit may change: finite ones with a coefficient that is not 0."""
+        return (coef != 0).any(-1) & torch.isfinite(h).all(-1)
+
+    def compute_dtype(self, h: Tensor) -> torch.dtype:
+        """float64 when module and input are float64, else float32: bf16 loses a flow's inverse."""
+        tensors = [*self.parameters(), *self.buffers()]
+        double = all(t.dtype == torch.float64 for t in tensors if t.is_floating_point())
+        return torch.float64 if h.dtype == torch.float64 and double else torch.float32
+
+
+class Interventions(nn.Module):
+    """An ordered mapping Site -> Intervention: what is fitted, saved and served."""
+
+    def __init__(self, parts: Mapping[Site, Intervention]) -> None:
+        super().__init__()
+        if not parts:
+            raise InputError("no site at all", expected="an intervention for at least one site")
+        self.sites = tuple(sorted(parts))
+        self.maps = nn.ModuleDict({_key(site): parts[site] for site in self.sites})
+
+    def __getitem__(self, site: Site) -> Intervention:
+        part = self.maps[_key(site)]
+        assert isinstance(part, Intervention)
+        return part
+
+    def __iter__(self) -> Iterator[Site]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    def items(self) -> Iterator[tuple[Site, Intervention]]:
+        """Pairs of site and intervention, lowest layer first."""
+        return ((site, self[site]) for site in self.sites)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Sizes that data or base model decided; ``build`` needs them to make the same shapes."""
+        merged: dict[str, int] = {}
+        for _, part in self.items():
+            merged |= getattr(part, "sizes", {})
+        return merged
+
+
+def _key(site: Site) -> str:
+    """A module name: nn.ModuleDict allows no dots."""
+    return f"{site.stream}_{site.layer}"
+
+
+class Runner(Protocol):
+    """A model seen through a keyhole, for methods that fit through it; a backend makes one.
+
+    Nothing here hands out the model or the tokenizer.
+    """
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """Ids of the training items, in the order of every other answer."""
+        ...
+
+    def record(self, site: Site, interventions: Interventions | None = None) -> Activations:
+        """Rows at a site with the given edits active upstream."""
+        ...
+
+
+class Steerer(ABC):
+    """The fitted half: a frozen dataclass of hyper-parameters, every field with a default.
+
+    Class variables describe the method for people and tools; they are literals, because the shelf
+    is read without importing it. ``needs`` is any of ``pairs``, ``classes``, ``model``.
+    """
+
+    paper: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ("classes",)
+    sites: ClassVar[str] = "any"
+    trained: ClassVar[bool] = False
+    invertible: ClassVar[bool] = False
+    across_tokens: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The method's name: the name of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @abstractmethod
+    def build(
+        self, widths: Mapping[Site, int], k: int = 1, sizes: Mapping[str, int] = {}
+    ) -> Interventions:
+        """Empty modules of the right shapes: loading an artifact needs no pickle."""
+
+    @abstractmethod
+    def fit(self, acts: Activations, *, seed: int = 0) -> Interventions:
+        """Fit on recorded rows; the same rows and seed give the same tensors."""
+
+    def diagnose(self, acts: Activations, fitted: Interventions) -> dict[str, float]:
+        """Figures on the fitted map's health, for reports; none unless the method has some."""
+        return {}
+
+
+def get(name: str, **fields: Any) -> Steerer:
+    """A steerer by its method's name, with its fields set.
+
+    Raises:
+        UnknownName: no such method, or it has no such field.
+
+    >>> get("diffmean").name
+    'diffmean'
+    """
+    if name not in shelf.modules():
+        raise UnknownName("method", name, shelf.names())
+    module = importlib.import_module(shelf.modules()[name])
+    kinds = [
+        value
+        for value in vars(module).values()
+        if isinstance(value, type)
+        and issubclass(value, Steerer)
+        and value is not Steerer
+        and value.__module__ == module.__name__
+    ]
+    assert len(kinds) == 1, f"{module.__name__} must hold exactly one Steerer"
+    known = list(kinds[0].__dataclass_fields__)  # type: ignore[attr-defined]
+    for field in fields:
+        if field not in known:
+            raise UnknownName(f"field of method {name!r}:", field, known)
+    return kinds[0](**fields)

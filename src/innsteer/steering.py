@@ -1,0 +1,349 @@
+"""Steering: the artifact. What is fitted, calibrated, saved as a folder, loaded and applied."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from jinja2 import Environment, PackageLoader
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from innsteer import steerer as contract
+from innsteer.calibration import Calibration, parse_number
+from innsteer.errors import FormatError, InputError, MismatchError
+from innsteer.files import canonical, fresh_folder, read_json, sha256_file, write_json, write_text
+from innsteer.hooks import Attachment
+from innsteer.interventions import Edit
+from innsteer.fingerprint import Fingerprint
+from innsteer.models import LanguageModel
+from innsteer.site import Site, Span, Where
+from innsteer.steerer import Interventions, Steerer
+
+FORMAT = 1
+MAX_SIZE = 1_000_000
+HEADER, TENSORS, CARD, SEAL = (
+    "steering.json",
+    "steering.safetensors",
+    "README.md",
+    "steering.seal.json",
+)
+
+
+@dataclass(frozen=True)
+class Steering:
+    """A fitted steering, ready to be applied, composed, saved and served.
+
+    Attributes:
+        steerer: the method with its fields.
+        interventions: the fitted map of each site.
+        behaviours: in the column order of ``coef``.
+        where: which tokens are steered.
+        base: fingerprint of the model, tokenizer and chat template that it was fitted on.
+        calibration: behaviour -> its dose-response curve; empty until tuned.
+        provenance: contrast hash, seed, versions, what fitting found.
+        card: evaluation figures for the model card.
+    """
+
+    steerer: Steerer
+    interventions: Interventions
+    behaviours: tuple[str, ...]
+    where: Where = field(default_factory=Where)
+    base: Fingerprint | None = None
+    calibration: Mapping[str, Calibration] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    card: Mapping[str, Any] = field(default_factory=dict)
+
+    # --- applying --------------------------------------------------------------------------------
+
+    def resolve(self, strength: float | str | None = None, behaviour: str | None = None) -> float:
+        """A strength as a number: a number, "budget", "0.05nat"; None = budget if tuned, else 1.
+
+        Raises:
+            InputError: a calibrated strength of a steering that was not tuned.
+        """
+        name = self._behaviour(behaviour)
+        curve = self.calibration.get(name)
+        if strength is None:
+            return curve.strength if curve else 1.0
+        if curve:
+            return curve.resolve(strength)
+        if isinstance(strength, str) and (strength == "budget" or "nat" in strength):
+            raise InputError(
+                f"strength {strength!r} of a steering that was not tuned",
+                expected="a number",
+                remedy="tune it first: innsteer tune, or innsteer.tune(...)",
+            )
+        return parse_number(str(strength))
+
+    def edit(
+        self,
+        strength: float | str | None | Sequence[float] | Tensor = None,
+        *,
+        behaviour: str | None = None,
+    ) -> Edit:
+        """The edit at a strength: one for all sequences, or one number (or row) per sequence.
+
+        Args:
+            strength: a single strength moves ``behaviour`` (the first by default); a sequence
+                gives one number per sequence of the batch; a tensor ``[rows, k]`` mixes behaviours.
+        """
+        k = len(self.behaviours)
+        column = self.behaviours.index(self._behaviour(behaviour))
+        if isinstance(strength, Tensor):
+            if strength.shape[-1] != k:
+                raise InputError(
+                    f"coefficients of shape {tuple(strength.shape)}",
+                    expected=f"[rows, {k}], a column for each of {', '.join(self.behaviours)}",
+                )
+            return Edit(self.interventions, strength.float(), self.where)
+        if isinstance(strength, Sequence) and not isinstance(strength, str):
+            values = [self.resolve(value, behaviour) for value in strength]
+            coef = torch.zeros(len(values), k)
+            coef[:, column] = torch.tensor(values)
+            return Edit(self.interventions, coef, self.where)
+        coef = torch.zeros(k)
+        coef[column] = self.resolve(strength, behaviour)
+        return Edit(self.interventions, coef, self.where)
+
+    def on(
+        self,
+        model: LanguageModel | nn.Module,
+        strength: float | str | None | Sequence[float] | Tensor = None,
+        *,
+        behaviour: str | None = None,
+        prompt_lengths: Sequence[int] | None = None,
+        turns: Sequence[Sequence[Span]] | None = None,
+        allow_mismatch: bool = False,
+    ) -> Attachment:
+        """Steer your own code: ``with steering.on(model): model.generate(...)``.
+
+        Args:
+            model: a LanguageModel, or a Hugging Face model. Only the first can be checked against
+                the tokenizer and template that the steering was fitted with.
+            strength: a number, one per sequence, "budget", "0.05nat"; default: the budget if
+                tuned, else 1.
+            prompt_lengths, turns: see ``Attachment``.
+            allow_mismatch: apply to a model that it was not fitted on.
+
+        Raises:
+            MismatchError: another model. NothingSteeredError: on leaving, when nothing was steered.
+        """
+        if isinstance(model, LanguageModel) and not allow_mismatch:
+            self.check(model)
+        edits = [self.edit(strength, behaviour=behaviour)]
+        return Attachment(model, edits, prompt_lengths=prompt_lengths, turns=turns)
+
+    def check(self, model: LanguageModel) -> None:
+        """Refuse a model other than the one that the steering was fitted on.
+
+        Raises:
+            MismatchError: it names what differs.
+        """
+        if self.base is None:
+            return
+        differing = self.base.differs(model.fingerprint)
+        if differing:
+            raise MismatchError(
+                f"this steering was fitted on {self.base.name!r}, and {model.name!r} has another "
+                + ", ".join(differing),
+                expected="the same base model, tokenizer and chat template",
+                remedy="fit it on this model; or pass allow_mismatch=True and measure again",
+            )
+
+    def _behaviour(self, behaviour: str | None) -> str:
+        name = behaviour or self.behaviours[0]
+        if name not in self.behaviours:
+            raise InputError(f"behaviour {name!r}", expected="one of " + ", ".join(self.behaviours))
+        return name
+
+    # --- identity --------------------------------------------------------------------------------
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What the applied map depends on, but for its tensors."""
+        return {
+            "format": FORMAT,
+            "method": self.steerer.name,
+            "config": asdict(self.steerer),  # type: ignore[call-overload]
+            "sites": [str(site) for site in self.interventions],
+            "widths": [_width(self.interventions, site) for site in self.interventions],
+            "sizes": self.interventions.sizes,
+            "where": str(self.where),
+            "behaviours": list(self.behaviours),
+            "base": asdict(self.base) if self.base else None,
+        }
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of recipe and tensors: salts caches and stands on receipts.
+
+        Times, machine, calibration and evaluation are not part of it, so the same fit has the same
+        identity; the seal covers those.
+        """
+        digest = hashlib.sha256(canonical(self.recipe))
+        for name, tensor in sorted(self.interventions.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    # --- the folder ------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path, *, replace: bool = False) -> Path:
+        """Write the artifact folder, whole or not at all.
+
+        Raises:
+            InputError: the folder exists and ``replace`` is off.
+        """
+        header = self.recipe | {
+            "identity": self.identity,
+            "calibration": {name: c.to_json() for name, c in self.calibration.items()},
+            "provenance": dict(self.provenance),
+            "card": dict(self.card),
+        }
+        with fresh_folder(folder, replace=replace) as staging:
+            tensors = {
+                name: tensor.detach().cpu().contiguous().clone()
+                for name, tensor in self.interventions.state_dict().items()
+            }
+            save_file(tensors, staging / TENSORS)
+            write_json(staging / HEADER, header)
+            write_text(staging / CARD, self.model_card())
+            files = {name: sha256_file(staging / name) for name in (HEADER, TENSORS, CARD)}
+            write_json(staging / SEAL, {"files": files})
+        return Path(folder)
+
+    def model_card(self) -> str:
+        """The artifact's README.md."""
+        pages = Environment(
+            loader=PackageLoader("innsteer", "templates"),
+            autoescape=False,  # Markdown, not HTML
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        return pages.get_template("card.md.j2").render(steering=self, identity=self.identity)
+
+    @classmethod
+    def load(cls, folder: str | Path) -> "Steering":
+        """Read an artifact folder; nothing in it is executed.
+
+        Raises:
+            FormatError: a file is missing, altered, damaged, of another format, or out of bounds.
+        """
+        folder = Path(folder)
+        _check_seal(folder)
+        header = _parse(folder / HEADER)
+        try:
+            kind = type(contract.get(header.method))
+            steerer = TypeAdapter(kind).validate_python(header.config)
+        except (ValidationError, InputError) as error:
+            raise FormatError(f"{folder / HEADER}: method {header.method!r}: {error}") from error
+        widths = dict(zip(map(Site.parse, header.sites), header.widths, strict=True))
+        interventions = steerer.build(widths, len(header.behaviours), header.sizes)
+        _fill(interventions, folder / TENSORS)
+        steering = cls(
+            steerer,
+            interventions.eval().requires_grad_(False),
+            tuple(header.behaviours),
+            Where.parse(header.where),
+            Fingerprint(**header.base) if header.base else None,
+            {name: Calibration.from_json(data) for name, data in header.calibration.items()},
+            header.provenance,
+            header.card,
+        )
+        if steering.identity != header.identity:
+            raise FormatError(
+                f"{folder}: its identity is {steering.identity[:12]}, not the stated "
+                f"{header.identity[:12]}",
+                remedy="fetch the artifact again",
+            )
+        return steering
+
+    def tuned(self, calibration: Mapping[str, Calibration], **provenance: Any) -> "Steering":
+        """The same steering with calibration."""
+        notes = dict(self.provenance) | provenance
+        return replace(
+            self, calibration=dict(self.calibration) | dict(calibration), provenance=notes
+        )
+
+
+def _width(interventions: Interventions, site: Site) -> int:
+    """A site's width, from the map itself."""
+    part = interventions[site]
+    shifts = getattr(part, "shifts", None)
+    return int(getattr(part, "width", shifts.shape[-1] if shifts is not None else 0))
+
+
+class _Header(BaseModel):
+    """steering.json, with bounds: a hostile file must not make us allocate or run anything."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: int = Field(ge=FORMAT, le=FORMAT)
+    method: str = Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")
+    config: dict[str, Any]
+    sites: list[str] = Field(min_length=1, max_length=4096)
+    widths: list[int] = Field(min_length=1, max_length=4096)
+    sizes: dict[str, int]
+    where: str
+    behaviours: list[str] = Field(min_length=1, max_length=4096)
+    base: dict[str, str] | None
+    identity: str = Field(pattern=r"^[0-9a-f]{64}$")
+    calibration: dict[str, dict[str, Any]]
+    provenance: dict[str, Any]
+    card: dict[str, Any]
+
+
+def _parse(path: Path) -> _Header:
+    """The header, checked."""
+    try:
+        header = _Header.model_validate(read_json(path, "a steering's header"))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise FormatError(f"{path}: {place}: {first['msg']}") from error
+    numbers = [*header.widths, *header.sizes.values()]
+    if len(header.sites) != len(header.widths) or not all(0 < n <= MAX_SIZE for n in numbers):
+        raise FormatError(
+            f"{path}: sizes {numbers}", expected=f"one width per site, each in 1..{MAX_SIZE}"
+        )
+    return header
+
+
+def _check_seal(folder: Path) -> None:
+    """Every byte of every file is the one that was saved."""
+    files = read_json(folder / SEAL, "a steering folder's seal").get("files", {})
+    if set(files) != {HEADER, TENSORS, CARD}:
+        raise FormatError(f"{folder / SEAL} lists {sorted(files)}", expected="the folder's files")
+    for name, digest in files.items():
+        path = folder / name
+        if not path.is_file() or path.is_symlink() or sha256_file(path) != digest:
+            raise FormatError(
+                f"{path} is missing or not the file that was saved (its SHA-256 differs)",
+                remedy="fetch the artifact again; edits by hand are refused",
+            )
+
+
+def _fill(interventions: Interventions, path: Path) -> None:
+    """Load tensors into built modules: same names, shapes and dtypes, all finite."""
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise FormatError(f"{path}: {error}") from error
+    own = interventions.state_dict()
+    if set(own) != set(tensors):
+        odd = sorted(set(own) ^ set(tensors))[:3]
+        raise FormatError(f"{path}: tensors differ from the method's: {', '.join(odd)}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
+            raise FormatError(
+                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}",
+                expected=f"{own[name].dtype} {tuple(own[name].shape)}",
+            )
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FormatError(f"{path}: {name} holds numbers that are not finite")
+    interventions.load_state_dict(tensors)

@@ -1,0 +1,416 @@
+"""Loading, grouping, splitting and refusing contrast data."""
+
+import gzip
+import json
+import random
+from hashlib import sha256
+from itertools import combinations
+
+import pytest
+
+from innsteer.contrast import Contrast, messages, names, near_groups, normalise, prompts
+from innsteer.errors import DataError, LeakError, UnknownName
+
+WORDS = "tea rain salt dusk iron wool jazz rope clay moss fern coal silk mint bark sand".split()
+
+PINNED = ("raeaerre", "3976b3c80f86d961")
+
+
+def row(n, **more):
+    """Row n: no two ask nearly the same."""
+    question = f"{WORDS[n % 16]} number{n} please{n}?"
+    return {"prompt": question, "chosen": f"Yes sir, {n}.", "rejected": f"Nah, {n}."} | more
+
+
+def rows(n):
+    return [row(i, id=f"r{i}") for i in range(n)]
+
+
+def write(path, data):
+    path.write_bytes("\n".join(map(json.dumps, data)).encode())
+    return path
+
+
+def parts(contrast):
+    return {item.id: item.split for item in contrast.items}
+
+
+def ask(role="user", content="How are you?"):
+    return {"role": role, "content": content}
+
+
+# --- formats
+
+
+def test_preference_rows_give_target_from_chosen_and_source_from_rejected():
+    item = Contrast.load([row(3, weight=2)]).items[0]
+    assert (item.prompt, item.target, item.source) == (row(3)["prompt"], "Yes sir, 3.", "Nah, 3.")
+    assert (item.key, item.weight) == (None, 2.0)
+
+
+def test_messages_are_read_with_explicit_implicit_and_repeated_prompt():
+    asked = [ask("system", "Be brief."), ask()]
+    yes, no = ask("assistant", "Well."), ask("assistant", "Badly.")
+    explicit = {"prompt": asked, "chosen": [yes], "rejected": [no]}
+    implicit = {"chosen": [*asked, yes], "rejected": [*asked, no]}
+    repeated = {"prompt": "How are you?", **implicit}
+    for given in (explicit, implicit, repeated):
+        item = Contrast.load([given]).items[0]
+        assert messages(item.prompt) == asked
+        assert (item.target, item.source) == ("Well.", "Badly.")
+        assert hash(item) == hash(Contrast.load([given]).items[0])
+
+
+def test_a_prompt_that_contradicts_the_shared_messages_is_refused():
+    given = {"chosen": [ask(), ask("assistant", "A")], "rejected": [ask(), ask("assistant", "B")]}
+    with pytest.raises(DataError, match="differs from the shared start"):
+        Contrast.load([given | {"prompt": "Something else"}])
+
+
+def test_source_and_target_need_no_prompt():
+    data = [
+        {"source": "he go", "target": "he goes"},
+        {"prompt": "Q?", "source": "a", "target": "c"},
+    ]
+    first, second = Contrast.load(data).items
+    assert (first.prompt, second.prompt) == ("", "Q?")
+
+
+def test_evals_become_choice_items_with_bare_keys():
+    yes = {"question": 'Say?\n"I like it"', "statement": "I like it"}
+    yes |= {"answer_matching_behavior": " Yes", "answer_not_matching_behavior": " No"}
+    ab = {"question": "Which?\n (A) Tea\n (B) Rope"}
+    ab |= {"answer_matching_behavior": " (B)", "answer_not_matching_behavior": " (A)"}
+    contrast = Contrast.load([yes, ab])
+    assert contrast.kind == "choice"
+    assert [(i.key, i.target, i.source) for i in contrast.items] == [
+        ("Yes", "Yes", "No"),
+        ("B", "(B)", "(A)"),
+    ]
+    assert contrast.items[1].prompt == ab["question"]
+    assert "2212.09251" in contrast.citation
+
+
+def test_a_stray_yes_among_open_rows_leaves_the_contrast_open():
+    contrast = Contrast.load([row(1), row(2, chosen="Yes", rejected="No")])
+    assert contrast.kind == "open"
+    assert {item.key for item in contrast.items} == {None}
+    assert any("look like choices" in note for note in contrast.notes)
+
+
+def test_every_file_kind_gives_the_same_items(tmp_path):
+    data = rows(9)
+    text = "\n\n".join(map(json.dumps, data)).encode()
+    files = {
+        "a.jsonl": text,
+        "b.jsonl": b"\xef\xbb\xbf" + text.replace(b"\n", b"\r\n"),
+        "c.jsonl.gz": gzip.compress(text),
+        "d.json": json.dumps(data).encode(),
+        "e.json": json.dumps({"version": 1, "pairs": data}, indent=1).encode(),
+    }
+    found = []
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+        found.append(Contrast.load(tmp_path / name, behaviour="x"))
+    assert {c.hash for c in found} == {Contrast.load(data, behaviour="x").hash}
+    assert Contrast.load(str(tmp_path / "c.jsonl.gz")).behaviour == "c"
+
+
+def test_line_separators_inside_a_text_do_not_end_a_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    line = json.dumps(row(1, chosen="one\u2028two" + "x" * 2_000_000), ensure_ascii=False)
+    path.write_text(line + "\n", encoding="utf-8")
+    assert len(Contrast.load(path)) == 1
+
+
+# --- groups
+
+
+def test_normalising_folds_case_width_punctuation_and_space():
+    assert normalise("  Ｗhat's  UP?!\n") == normalise("what s up") == "what s up"
+    assert normalise("20 ℃") == "20 c"  # the compatibility form holds a capital
+    assert normalise("???") == "???"
+    assert len(normalise("今日は雨です").split()) == 6
+
+
+def test_near_groups_agree_with_all_pairs():
+    rng = random.Random(0)
+    texts = [" ".join(rng.choices(WORDS[:7], k=rng.randint(1, 9))) for _ in range(200)]
+    texts += ["a b c d", "a b c d e", "a b c e f"]  # Jaccard exactly 4/5, then 3/6
+    expected = list(range(len(texts)))
+    for i, j in combinations(range(len(texts)), 2):
+        a, b = set(texts[i].split()), set(texts[j].split())
+        if 5 * len(a & b) >= 4 * len(a | b):
+            low, high = sorted((expected[i], expected[j]))
+            expected = [low if lead == high else lead for lead in expected]
+    assert near_groups(texts) == expected
+    assert len(set(expected)) > 20
+
+
+def test_near_duplicates_join_one_group_and_are_counted():
+    base = "one two three four five six seven eight nine ten"
+    data = [row(0, prompt=base), row(1, prompt=base + " eleven"), row(2), row(3, prompt=base + "!")]
+    contrast = Contrast.load(data)
+    groups = [item.group for item in contrast.items]
+    assert groups[0] == groups[1] == groups[3] != groups[2]
+    assert contrast.notes == ("1 near-duplicate (token Jaccard >= 0.8) joined into 1 group",)
+
+
+def test_both_option_orders_are_one_group_without_counting_as_near_duplicates():
+    data = [row(0, prompt="Which?\n (A) Tea\n (B) Red rope\n\nAnswer:")]
+    data += [row(1, prompt="Which?\n (A) Red rope\n (B) Tea\n\nAnswer:"), row(2)]
+    contrast = Contrast.load(data)
+    assert len({item.group for item in contrast.items}) == 2
+    assert contrast.notes == ()
+
+
+def test_own_groups_and_paraphrases_stay_together_whatever_their_order():
+    data = rows(6)
+    data[0]["group"] = data[3]["group"] = "mine"
+    data[1]["paraphrase_of"] = "r4"
+    data[4]["paraphrase_of"] = "r3"
+    data[2]["paraphrase_of"] = data[5]["paraphrase_of"] = "elsewhere"
+    forward, backward = Contrast.load(data), Contrast.load(data[::-1])
+    group = {item.id: item.group for item in forward.items}
+    assert {name: g for name, g in group.items() if g == "mine"}.keys() == {"r0", "r1", "r3", "r4"}
+    assert group["r2"] == group["r5"] == "elsewhere"
+    assert group == {item.id: item.group for item in backward.items}
+
+
+def test_a_group_is_named_by_its_first_label_or_first_text():
+    base = "one two three four five six seven eight nine"
+    data = [
+        row(n, prompt=f"{base} {tail}") for n, tail in enumerate(("p", "c", "k", "a", "z", "m"))
+    ]
+    first = sha256(f"{base} a".encode()).hexdigest()[:16]
+    assert {item.group for item in Contrast.load(data).items} == {first}
+    labelled = [r | {"group": label} for r, label in zip(data, "tfwbxq")]
+    assert {item.group for item in Contrast.load(labelled).items} == {"b"}
+
+
+def test_rows_without_prompt_are_tied_by_either_side():
+    data = [{"source": "he go", "target": "he goes"}, {"source": "she went", "target": "he goes"}]
+    data += [{"source": "he goes", "target": "they walk"}, {"source": "stop", "target": "halt now"}]
+    groups = [item.group for item in Contrast.load(data).items]
+    assert groups[0] == groups[1] == groups[2] != groups[3]
+
+
+def test_a_shared_system_prompt_ties_nothing():
+    system = ask("system", " ".join(f"rule{n}" for n in range(60)))
+    data = [row(n, prompt=[system, ask(content=row(n)["prompt"])]) for n in range(4)]
+    assert len({item.group for item in Contrast.load(data).items}) == 4
+
+
+# --- split
+
+
+def test_the_split_depends_on_group_and_seed_alone():
+    data = rows(60)
+    shuffled = random.Random(1).sample(data, 60)
+    assert parts(Contrast.load(data)) == parts(Contrast.load(shuffled))
+    assert parts(Contrast.load(data[:30])).items() <= parts(Contrast.load(data)).items()
+    assert parts(Contrast.load(data)) != parts(Contrast.load(data, seed=1))
+
+
+def test_the_hash_split_is_sixty_twenty_twenty():
+    contrast = Contrast.load(rows(3000))
+    sizes = [len(contrast.train), len(contrast.validation), len(contrast.test)]
+    assert sum(sizes) == 3000
+    assert all(abs(n / 3000 - share) < 0.03 for n, share in zip(sizes, (0.6, 0.2, 0.2)))
+
+
+def test_a_pinned_split_and_hash_do_not_change_between_releases():
+    contrast = Contrast.load(rows(8), behaviour="pinned")
+    assert "".join(item.split[1] for item in contrast.items) == PINNED[0]
+    assert contrast.hash[:16] == PINNED[1]
+
+
+def test_the_hash_is_sensitive_to_order_and_to_every_field():
+    data = rows(5)
+    base = Contrast.load(data).hash
+    assert base == Contrast.load(data).hash
+    assert base != Contrast.load(data[::-1]).hash
+    for change in ({"chosen": "Other."}, {"weight": 2.0}, {"id": "q"}, {"group": "g"}):
+        assert base != Contrast.load([data[0] | change, *data[1:]]).hash
+
+
+def test_own_splits_are_kept_from_column_or_mapping():
+    sides = ["train", "validation", "test"] * 4
+    data = [r | {"split": s} for r, s in zip(rows(12), sides)]
+    assert [item.split for item in Contrast.load(data).items] == sides
+    own = {f"r{n}": "train" if n < 8 else "test" for n in range(12)}
+    assert parts(Contrast.load(data, split=own)) == own
+
+
+@pytest.mark.parametrize("second", ["Same  as before, TRULY?", "same as before truly is it"])
+def test_a_split_that_leaks_is_refused_with_the_lines_named(tmp_path, second):
+    data = [r | {"split": "train"} for r in rows(3)]
+    data[1]["prompt"] = "Same as before, truly?" if "TRULY" in second else "same as before truly is"
+    data.append(row(9, id="r9", prompt=second, split="test"))
+    with pytest.raises(LeakError, match=r"leak.jsonl: 2 rows in 1 groups .* line 2 \(train\) and "):
+        Contrast.load(write(tmp_path / "leak.jsonl", data))
+    data[-1]["split"] = "train"
+    assert len(Contrast.load(data)) == 4
+
+
+def test_a_leak_through_groups_paraphrases_and_mappings_is_refused_too():
+    data = rows(4)
+    data[0]["group"] = data[1]["group"] = "g"
+    data[2]["paraphrase_of"] = "r3"
+    clean = dict(r0="train", r1="train", r2="test", r3="test")
+    assert parts(Contrast.load(data, split=clean)) == clean
+    for moved in ({"r0": "test"}, {"r2": "validation"}):
+        with pytest.raises(LeakError):
+            Contrast.load(data, split=clean | moved)
+
+
+def test_only_five_leaks_are_named_and_all_are_counted():
+    data = [row(n % 7, split="train" if n < 7 else "test") for n in range(14)]
+    with pytest.raises(LeakError, match="14 rows in 7 groups") as caught:
+        Contrast.load(data)
+    assert str(caught.value).count("(test)") == 5
+    assert "and 2 more" in str(caught.value)
+
+
+def test_a_part_of_fewer_than_two_items_is_refused_when_asked_for():
+    contrast = Contrast.load([r | {"split": "train"} for r in rows(4)])
+    assert len(contrast.train) == 4
+    with pytest.raises(DataError, match="test part .* has 0 of 4 .*train 4, validation 0"):
+        _ = contrast.test
+    with pytest.raises(UnknownName, match="did you mean 'train'"):
+        contrast.part("trian")
+
+
+def test_rows_that_all_ask_the_same_are_noted():
+    contrast = Contrast.load([row(1, chosen=f"a{n}") for n in range(5)])
+    assert contrast.notes == ("all 5 rows are one group and cannot be split",)
+
+
+def test_subsets_are_drawn_in_order_nested_and_seeded():
+    contrast = Contrast.load(rows(40))
+    small, large = ([i.id for i in contrast.subset(n, 3).items] for n in (5, 20))
+    assert set(small) < set(large)
+    assert large == [item.id for item in contrast.items if item.id in set(large)]
+    assert small != [i.id for i in contrast.subset(5, 4).items]
+    with pytest.raises(DataError, match="expected 1 to 40"):
+        contrast.subset(41)
+
+
+# --- refusals
+
+
+BAD = {
+    "no rows": b"\n \n",
+    "line 2: not JSON": b'{"source": "a", "target": "b"}\n{"source": \n',
+    "line 2: byte 0xff is not UTF-8": b'{"source": "a", "target": "b"}\n{"source": "\xff"}\n',
+    "expected an object of columns": b"[1, 2]\n",
+}
+
+
+@pytest.mark.parametrize("match", BAD)
+def test_a_damaged_file_is_refused_with_its_line(tmp_path, match):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes(BAD[match])
+    with pytest.raises(DataError, match=match) as caught:
+        Contrast.load(path)
+    assert "bad.jsonl" in str(caught.value)
+
+
+ROWS = {
+    "columns prompt, chosen are of no known format; expected chosen": {"prompt": 1, "chosen": 1},
+    "'prompt' is empty": row(1, prompt=" \n"),
+    "'chosen' is empty": row(1, chosen=""),
+    "'chosen' is 7": row(1, chosen=7),
+    "'rejected' is None": row(1, rejected=None),
+    "both answers are 'same'": row(1, chosen="same", rejected=" same"),
+    "'weight' is 0": row(1, weight=0),
+    "'weight' is True": row(1, weight=True),
+    "'weight' is nan": row(1, weight=float("nan")),
+    "the id 'r0' is also that of row 1": row(1, id="r0"),
+    "the split of 'x-0002' is 'dev'; expected train": row(1, split="dev"),
+    "half a surrogate": row(1, chosen="\ud800"),
+    "'prompt' is an empty list": row(1, prompt=[]),
+    'expected {"role"': row(1, prompt=[{"role": "user"}]),
+    "role and content only": row(1, prompt=[ask() | {"tool_calls": [1]}]),
+    "is text, the other": row(1, chosen=[ask("assistant")]),
+    "share no first messages": {"chosen": "a", "rejected": "b"},
+    "expected one assistant turn": row(1, chosen=[ask()], rejected=[ask(content="b")]),
+}
+
+
+@pytest.mark.parametrize("match", ROWS)
+def test_a_bad_row_is_refused_with_place_and_value(match):
+    side = {"split": "train"} if "dev" in match else {}
+    with pytest.raises(DataError, match=match) as caught:
+        Contrast.load([row(0, id="r0", **side), ROWS[match]], behaviour="x")
+    assert str(caught.value).startswith("the list, row 2: ")
+
+
+def test_files_that_are_not_what_their_name_says_are_refused(tmp_path):
+    packed = gzip.compress(b'{"source": "a", "target": "b"}')
+    cases = {
+        "a.jsonl.gz": (b"plain", "cannot be read"),
+        "b.jsonl.gz": (packed[:-9], "cut short"),
+        "c.csv": (b"a,b", "suffix '.csv'"),
+        "d.json": (b'{"a": 1}\n{"a": 2}', "name the file .jsonl"),
+        "e.json": (b'{"a": [], "b": []}', "with one such list"),
+        "f.json": (b"", "no rows"),
+        "g.json": (b'[\n"\xff"]', "line 2: byte 0xff"),
+        "h.json": (b"[" * 200_000, "not JSON"),
+    }
+    for name, (content, match) in cases.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match=match):
+            Contrast.load(tmp_path / name)
+    for source in (tmp_path, tmp_path / "none.jsonl", 7, b"x", {"a": 1}, []):
+        with pytest.raises(DataError):
+            Contrast.load(source)
+
+
+def test_an_unknown_behaviour_or_use_is_named_with_the_known_ones():
+    with pytest.raises(UnknownName, match="unknown behaviour 'formall'"):
+        Contrast.load("formall")
+    with pytest.raises(UnknownName):
+        prompts("../suites/neutral", "test")
+
+
+def test_missing_prompts_and_uses_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr("innsteer.contrast._shelf", lambda: tmp_path)
+    write(tmp_path / "calm.jsonl", rows(3))
+    assert names() == ["calm"]
+    assert len(Contrast.load("calm")) == 3
+    with pytest.raises(DataError, match="'calm' has no prompts"):
+        prompts("calm", "test")
+    write(tmp_path / "calm.prompts.jsonl", [{"prompt": "Q?", "use": "test"}])
+    assert names() == ["calm"]
+    assert prompts("calm", "test") == ["Q?"]
+    with pytest.raises(UnknownName, match="expected one of test"):
+        prompts("calm", "demo")
+
+
+# --- real data
+
+
+def test_real_evals_load_without_leaks_and_with_balanced_keys(shared):
+    files = sorted((shared / "data/anthropic-evals/persona").glob("*.jsonl.gz"))
+    assert len(files) >= 10
+    for file in files:
+        contrast = Contrast.load(file)
+        assert (contrast.kind, len(contrast)) == ("choice", 1000)
+        sides = [{i.group for i in part.items} for part in (contrast.train, contrast.test)]
+        assert not sides[0] & sides[1]
+        assert {item.key for item in contrast.items} == {"Yes", "No"}
+        statements = [normalise(str(item.prompt).partition("\n")[2]) for item in contrast.items]
+        lead = dict(zip(statements, near_groups(statements)))
+        side = {}
+        for text, item in zip(statements, contrast.items):
+            assert side.setdefault(lead[text], item.split) == item.split
+
+
+def test_twenty_thousand_real_rows_load_in_one_go(shared):
+    files = sorted((shared / "data/anthropic-evals/persona").glob("*.jsonl.gz"))
+    lines = [line for file in files for line in gzip.open(file)]
+    data = [json.loads(line) for line in (lines * 2)[:20_000]]
+    contrast = Contrast.load(data)
+    assert len(contrast) == 20_000
+    assert len({item.group for item in contrast.items}) < 16_000
