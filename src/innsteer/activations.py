@@ -8,12 +8,14 @@ of shards (``00000.safetensors`` with one tensor per site, ``00000.rows.json`` w
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -97,7 +99,10 @@ class Activations:
             raise InputError("activations of no site", expected="at least one site")
         if self.read not in READS:
             raise UnknownName("read rule", self.read, READS)
-        for site, rows in self.values.items():
+        # float32 whatever came in: a fit must not depend on the caller's dtype.
+        values = {site: rows.float() for site, rows in self.values.items()}
+        object.__setattr__(self, "values", values)
+        for site, rows in values.items():
             if rows.ndim != 2 or len(rows) != len(self.rows):
                 raise InputError(
                     f"site {site}: values of shape {tuple(rows.shape)}",
@@ -237,6 +242,16 @@ class Activations:
         head = read_json(folder / "activations.json", "a finished recording")
         if head.get("format") != FORMAT:
             raise FormatError(f"{folder}: format {head.get('format')!r}", expected=str(FORMAT))
+        try:
+            return cls._read(folder, head)
+        except FormatError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, SafetensorError) as error:
+            raise FormatError(f"{folder}: {error!r}", expected="a recording of innsteer") from error
+
+    @classmethod
+    def _read(cls, folder: Path, head: Mapping[str, Any]) -> "Activations":
+        """The files that a recording's head names, joined."""
         values: dict[Site, list[Tensor]] = {}
         records: list[dict[str, Any]] = []
         for name, digest in head["files"].items():
@@ -283,11 +298,13 @@ class ShardWriter:
             "provenance": dict(provenance),
         }
         self._files: dict[str, str] = {}
-        self._staging = fresh_folder(folder)
+        self._target = folder
+        self._stack = ExitStack()
         self._folder: Path | None = None
 
     def __enter__(self) -> "ShardWriter":
-        self._folder = self._staging.__enter__()
+        self._folder = self._stack.enter_context(fresh_folder(self._target))
+        self._stack.push(self._finish)
         return self
 
     def write(self, values: Mapping[Site, Tensor], rows: Rows) -> None:
@@ -301,7 +318,10 @@ class ShardWriter:
             name = f"{stem}.{suffix}"
             self._files[name] = sha256_file(self._folder / name)
 
-    def __exit__(self, *error: object) -> None:
-        if error[0] is None and self._folder is not None:
+    def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Write the head, inside the staging folder's context: if that fails, nothing stays."""
+        if kind is None and self._folder is not None:
             write_json(self._folder / "activations.json", self._head | {"files": self._files})
-        self._staging.__exit__(*error)  # type: ignore[arg-type]
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)

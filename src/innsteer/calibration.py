@@ -2,9 +2,10 @@
 
 import re
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
+from pydantic import ConfigDict, TypeAdapter
 
 from innsteer.errors import BudgetError, InputError
 
@@ -19,9 +20,12 @@ class Dose:
     Attributes:
         strength: 0 = unsteered, 1 = the fitted map; unitless.
         nats: neutral cost, mean KL(base || steered) per token; low, high: its 90 % interval.
-        control: the tuning objective (0.5 = no effect); None where it was not measured.
+        control: preference or alignment (0.5 = no effect) with its 95 % interval; None where it
+            was not measured.
         displacement: mean |h' - h| / |h| over steered tokens.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     strength: float
     nats: float
@@ -29,6 +33,8 @@ class Dose:
     high: float
     displacement: float
     control: float | None = None
+    control_low: float | None = None
+    control_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,11 +52,18 @@ class Calibration:
     (2.0, 1.0, 0.5)
     """
 
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
+
     doses: tuple[Dose, ...]
     budget: float
     strength: float
     tokens: int
     preview: bool = False
+
+    @property
+    def at_budget(self) -> Dose:
+        """The measured dose at the budget's strength, or the nearest to it."""
+        return min(self.doses, key=lambda dose: abs(dose.strength - self.strength))
 
     def resolve(self, strength: float | str) -> float:
         """A number from a number, "budget", or a cost like "0.05nat" ("-0.05nat": the other way).
@@ -61,8 +74,8 @@ class Calibration:
         Raises:
             InputError: not one of these. BudgetError: a cost beyond the measured curve.
         """
-        if isinstance(strength, int | float):
-            return float(strength)
+        if not isinstance(strength, str):
+            return parse_number(str(strength))
         if strength == "budget":
             return self.strength
         match = re.fullmatch(r"([+-]?)(\d*\.?\d+(?:e-?\d+)?)\s*nats?", strength.strip())
@@ -92,8 +105,12 @@ class Calibration:
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> "Calibration":
-        """The inverse of ``to_json``."""
-        return cls(**(data | {"doses": tuple(Dose(**dose) for dose in data["doses"])}))
+        """The inverse of ``to_json``.
+
+        Raises:
+            ValidationError: a field is missing, unknown or of another kind.
+        """
+        return TypeAdapter(cls).validate_python(data)
 
 
 def parse_number(text: str) -> float:

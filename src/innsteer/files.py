@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -46,8 +47,13 @@ def fresh_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
         if target.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
             os.replace(target, old / target.name)
-            os.replace(staging, target)
-            shutil.rmtree(old)
+            try:
+                os.replace(staging, target)
+            except BaseException:
+                os.replace(old / target.name, target)
+                raise
+            finally:
+                shutil.rmtree(old)
         else:
             os.replace(staging, target)
     except BaseException:
@@ -98,11 +104,21 @@ def read_json(path: str | Path, what: str) -> dict[str, Any]:
     if path.stat().st_size > MAX_JSON:
         raise FormatError(f"{path} has {path.stat().st_size} bytes", expected=f"<= {MAX_JSON}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        value = json.loads(
+            path.read_text(encoding="utf-8"), parse_constant=_finite, parse_float=_finite
+        )
+    except (OSError, ValueError, RecursionError) as error:  # also bad UTF-8 and endless numbers
         raise FormatError(f"{path} is not JSON: {error}", expected=what) from error
     if not isinstance(value, dict):
         raise FormatError(f"{path} holds a {type(value).__name__}", expected="a JSON object")
+    return value
+
+
+def _finite(text: str) -> float:
+    """A number of a JSON file; NaN, Infinity and 1e999 are none."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"{text} is not a finite number")
     return value
 
 

@@ -6,7 +6,7 @@ to no others, so a sequence at strength 0 never passes through any arithmetic.
 """
 
 import inspect
-import weakref
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,8 +21,9 @@ from innsteer.interventions import Edit
 from innsteer.models import LanguageModel, Layout, find_layout
 from innsteer.site import Site, Span
 
-# Caches that hold steered tokens. Weak, because the caller owns them.
-_STEERED_CACHES: "weakref.WeakSet[Any]" = weakref.WeakSet()
+# Set on a cache that holds steered tokens: its first steered column, and the prompts it was steered
+# under. An attribute, because a copy of the cache (the way to reuse a prefix) must still tell.
+_MARK = "innsteer_steered"
 
 
 @dataclass
@@ -52,6 +53,7 @@ class Attachment:
         prompt_lengths: prompt tokens of each sequence; ``model.generate`` makes them known.
         turns: assistant turns of each sequence, for scope ``assistant``.
         displacement: a list to which |h' - h| / |h| of every edited row is appended.
+        trace: one that several attachments share; the caller then calls ``require_selected``.
 
     Raises:
         NothingSteeredError: on leaving, when no token was in any edit's scope.
@@ -66,6 +68,7 @@ class Attachment:
         prompt_lengths: Sequence[int] | None = None,
         turns: Sequence[Sequence[Span]] | None = None,
         displacement: list[float] | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self._displacement = displacement
         self._model: Any = model.model if isinstance(model, LanguageModel) else model
@@ -74,12 +77,16 @@ class Attachment:
         self._prompts = list(prompt_lengths) if prompt_lengths is not None else None
         self._given = self._prompts is not None
         self._turns = [tuple(spans) for spans in turns] if turns is not None else None
+        self._scopes: list[tuple[Tensor, Tensor, Tensor]] = []
         self._plan: list[tuple[Tensor, Tensor]] = []
+        self._first: int | None = None
         self._stack = ExitStack()
-        self.trace = Trace()
+        self._shared = trace is not None
+        self.trace = trace if trace is not None else Trace()
         _check(self._layout, self._edits)
 
     def __enter__(self) -> "Attachment":
+        self.trace.steered = []
         with ExitStack() as stack:
             base = self._model.base_model
             signature = inspect.signature(base.forward)
@@ -87,8 +94,11 @@ class Attachment:
             def plan(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 self._plan_pass(signature.bind_partial(*args, **kwargs).arguments)
 
-            handle = base.register_forward_pre_hook(plan, with_kwargs=True)
-            stack.callback(handle.remove)
+            def mark(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                self._mark(getattr(output, "past_key_values", None))
+
+            stack.callback(base.register_forward_pre_hook(plan, with_kwargs=True).remove)
+            stack.callback(base.register_forward_hook(mark).remove)
             for site in sorted({site for edit in self._edits for site in edit.interventions}):
                 stack.callback(self._hook(site).remove)
             for edit in self._edits:
@@ -104,53 +114,80 @@ class Attachment:
         where: TracebackType | None,
     ) -> None:
         self._stack.close()
-        if kind is None and not self.trace.selected:
-            scopes = ", ".join(sorted({str(edit.where) for edit in self._edits}))
-            raise NothingSteeredError(
-                f"no token was steered (scope {scopes})",
-                expected="at least one token in scope in a forward pass of this model",
-                remedy="check the scope against the prompts, and that this model was the one run",
-            )
+        if kind is None and not self._shared:
+            require_selected(self.trace, self._edits)
 
     # --- planning a pass -------------------------------------------------------------------------
 
     def _plan_pass(self, call: dict[str, Any]) -> None:
-        """Which rows of the coming pass each edit touches, and with which coefficients."""
+        """Which rows of the coming pass each edit touches, and with which coefficients.
+
+        Planned on the CPU in a handful of calls, whatever the batch: a pass of decoding waits here.
+        """
         positions, real, start = _positions(call)
-        batch = len(positions)
+        batch, time = positions.shape
+        self._admit(call.get("past_key_values"), start)
         if start == 0 or len(self.trace.steered) != batch:
             self.trace.steered = [[] for _ in range(batch)]
-        cache = call.get("past_key_values")
-        self._plan = []
-        union = torch.zeros_like(real)
-        selected = torch.zeros_like(real)
-        for edit in self._edits:
-            inside = self._inside(edit, positions) & real
-            coef = edit.rows(batch).to(positions.device)
-            acting = inside & (coef != 0).any(-1, keepdim=True)
-            index = acting.flatten().nonzero().squeeze(-1)
-            rows = coef.repeat_interleave(positions.shape[1], 0)[index]
-            self._plan.append((index, rows))
-            union |= acting
-            selected |= inside
+        if not self._scopes or len(self._scopes[0][0]) != batch:
+            self._scopes = [self._scope(edit, batch) for edit in self._edits]
+        at, plan = positions.unsqueeze(-1), []
+        selected = acting = torch.zeros_like(real)
+        for coef, live, spans in self._scopes:
+            inside = ((at >= spans[..., 0]) & (at < spans[..., 1])).any(-1) & real
+            selected, mine = selected | inside, inside & live
+            acting = acting | mine
+            index = mine.flatten().nonzero().squeeze(-1)
+            plan.append((index, coef[index // time]))
+        touched = acting.flatten().nonzero().squeeze(-1)
+        rows, steered = (touched // time).tolist(), positions.flatten()[touched].tolist()
+        for row, position in zip(rows, steered, strict=True):
+            self.trace.steered[row].append(position)
         self.trace.selected += int(selected.sum())
-        self.trace.touched += int(union.sum())
-        for row, column in union.nonzero().tolist():
-            self.trace.steered[row].append(int(positions[row, column]))
-        if cache is not None and bool(union.any()):
-            _STEERED_CACHES.add(cache)
+        self.trace.touched += len(rows)
+        self._first = start + int((touched % time).min()) if rows else None
+        device = self._model.device
+        self._plan = [(index.to(device), coef.to(device)) for index, coef in plan]
 
-    def _inside(self, edit: Edit, positions: Tensor) -> Tensor:
-        """Mask ``[batch, time]`` of the positions in an edit's scope."""
-        batch = len(positions)
-        inside = torch.zeros(positions.shape, dtype=torch.bool, device=positions.device)
-        for row in range(batch):
-            prompt = _entry(self._prompts, row, batch)
-            turns = _entry(self._turns, row, batch)
-            for start, stop in edit.where.spans(prompt=prompt, turns=turns):
-                span = positions[row] >= start
-                inside[row] |= span if stop is None else span & (positions[row] < stop)
-        return inside
+    def _scope(self, edit: Edit, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+        """An edit's coefficients ``[batch, k]``, which rows have any ``[batch, 1]``, and its spans.
+
+        Spans are ``[batch, 1, spans, 2]``, half-open; short rows are filled with empty ones.
+        """
+        rows = [
+            edit.where.spans(
+                prompt=_entry(self._prompts, row, batch), turns=_entry(self._turns, row, batch)
+            )
+            for row in range(batch)
+        ]
+        most = max(map(len, rows))
+        ends = [
+            [(start, sys.maxsize if stop is None else stop) for start, stop in row]
+            + [(0, 0)] * (most - len(row))
+            for row in rows
+        ]
+        coef = edit.rows(batch).cpu()
+        spans = torch.tensor(ends, dtype=torch.long).reshape(batch, 1, most, 2)
+        return coef, (coef != 0).any(-1, keepdim=True), spans
+
+    def _admit(self, cache: Any, start: int) -> None:
+        """Refuse a cache whose steered tokens a recomputed prompt would leave unsteered."""
+        first, prompts = getattr(cache, _MARK, (start, None))
+        scopes = {edit.where.scope for edit in self._edits} & {"generated", "prompt"}
+        if first < start and prompts != self._prompts and scopes:
+            raise RefusedError(
+                "a cache that holds steered tokens, reused for a new turn under scope "
+                f"{min(scopes)!r}",
+                expected="a fresh cache: past turns of a recomputed prompt would be unsteered",
+                remedy="use scope 'assistant', which gives the same edit either way",
+            )
+        if first >= start and hasattr(cache, _MARK):
+            delattr(cache, _MARK)  # it was cropped or reset
+
+    def _mark(self, cache: Any) -> None:
+        """After a pass: its cache holds steered tokens from some column on."""
+        if cache is not None and self._first is not None and not hasattr(cache, _MARK):
+            setattr(cache, _MARK, (self._first, self._prompts))
 
     # --- applying --------------------------------------------------------------------------------
 
@@ -203,14 +240,13 @@ class Attachment:
         generate = model.generate
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self._admit(kwargs)
-            if not self._given:
-                self._prompts = _prompt_lengths(model, args, kwargs)
+            if self._given:
+                return generate(*args, **kwargs)
+            self._prompts, self._scopes = _prompt_lengths(model, args, kwargs), []
             try:
                 return generate(*args, **kwargs)
             finally:
-                if not self._given:
-                    self._prompts = None
+                self._prompts, self._scopes = None, []
 
         model.generate = wrapped
 
@@ -222,23 +258,27 @@ class Attachment:
 
         return undo
 
-    def _admit(self, kwargs: dict[str, Any]) -> None:
-        """Refuse what would steer other tokens than asked."""
-        cache = kwargs.get("past_key_values")
-        scopes = {edit.where.scope for edit in self._edits}
-        if cache is not None and cache in _STEERED_CACHES and scopes & {"generated", "prompt"}:
-            raise RefusedError(
-                "a cache that holds steered tokens, reused for a new turn under scope 'generated'",
-                expected="a fresh cache: past turns of a recomputed prompt would be unsteered",
-                remedy="use scope 'assistant', which gives the same edit either way",
-            )
+
+def require_selected(trace: Trace, edits: Sequence[Edit]) -> None:
+    """Refuse a steered run in which no token was in scope.
+
+    Raises:
+        NothingSteeredError: so it was; strength 0 alone is no error.
+    """
+    if not trace.selected:
+        scopes = ", ".join(sorted({str(edit.where) for edit in edits}))
+        raise NothingSteeredError(
+            f"no token was steered (scope {scopes})",
+            expected="at least one token in scope in a forward pass of this model",
+            remedy="check the scope against the prompts, and that this model was the one run",
+        )
 
 
 def _entry(values: Sequence[Any] | None, row: int, batch: int) -> Any:
     """A sequence's entry, where generate() may have expanded each prompt into several."""
     if values is None:
         return None
-    if batch % len(values):
+    if not values or batch % len(values):
         raise PositionError(
             f"{len(values)} prompts' lengths or turns for a batch of {batch} sequences",
             expected="one per prompt",
@@ -247,7 +287,7 @@ def _entry(values: Sequence[Any] | None, row: int, batch: int) -> Any:
 
 
 def _positions(call: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
-    """Absolute positions ``[batch, time]``, which of them are real, and the cache's length."""
+    """Positions ``[batch, time]`` and which of them are real, on the CPU; the cache's length."""
     ids = call.get("input_ids")
     first = ids if ids is not None else call.get("inputs_embeds")
     if first is None:
@@ -260,7 +300,7 @@ def _positions(call: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
         # Columns are absolute slots; padding, left or right, does not count.
         filled = mask.to(torch.long).cumsum(-1) - 1
         window = slice(start, start + time)
-        return filled[:, window], mask[:, window].bool(), start
+        return filled[:, window].cpu(), mask[:, window].bool().cpu(), start
     if mask is not None and call.get("position_ids") is None:
         raise PositionError(
             "an attention mask that is not [batch, tokens], without position_ids",
@@ -268,10 +308,14 @@ def _positions(call: dict[str, Any]) -> tuple[Tensor, Tensor, int]:
         )
     given = call.get("position_ids")
     if given is not None:
-        positions = given.expand(batch, time)
+        positions = given.expand(batch, time).cpu()
     else:
-        positions = torch.arange(start, start + time, device=first.device).expand(batch, time)
-    return positions, torch.ones_like(positions, dtype=torch.bool), start
+        positions = torch.arange(start, start + time).expand(batch, time)
+    real = torch.ones_like(positions, dtype=torch.bool)
+    if mask is not None:
+        # A mask made for a static cache; left padding repeats the position of the first token.
+        real[:, :-1] = positions[:, :-1] != positions[:, 1:]
+    return positions, real, start
 
 
 def _prompt_lengths(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
@@ -285,7 +329,7 @@ def _prompt_lengths(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -
         if embeds is None:
             raise PositionError("generate() without input_ids", expected="a prompt to count")
         return [embeds.shape[1]] * len(embeds)
-    config = model.generation_config
+    config = kwargs.get("generation_config") or model.generation_config
     pad = kwargs.get("pad_token_id", config.pad_token_id)
     eos = kwargs.get("eos_token_id", config.eos_token_id)
     ends = eos if isinstance(eos, list) else [eos]
@@ -300,6 +344,7 @@ def _check(layout: Layout, edits: Sequence[Edit]) -> None:
         raise InputError("no edit to attach", expected="at least one steering")
     for edit in edits:
         for site, part in edit.interventions.items():
+            layout.at(site)  # refuses a layer or a stream that this model does not have
             width = layout.width_of(site)
             own = getattr(part, "width", width)
             if own != width:

@@ -28,6 +28,7 @@ class Shift(Intervention):
 
     def __init__(self, width: int, k: int = 1) -> None:
         super().__init__()
+        self.width = width
         self.register_buffer("shifts", torch.zeros(k, width))
 
     def displacement(self, h: Tensor, coef: Tensor) -> Tensor:
@@ -48,7 +49,8 @@ class Edit:
     where: Where = field(default_factory=Where)
 
     def __post_init__(self) -> None:
-        if self.coef.ndim not in (1, 2) or not torch.isfinite(self.coef).all():
+        usable = self.coef.ndim in (1, 2) and self.coef.numel() and torch.isfinite(self.coef).all()
+        if not usable:
             raise InputError(
                 f"coefficients {self.coef.tolist()!r}",
                 expected="finite strengths, [k] or one row of k per sequence",

@@ -27,7 +27,7 @@ __all__ = [
     "load_model",
 ]
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

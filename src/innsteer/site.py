@@ -124,6 +124,7 @@ class Where:
         Args:
             prompt: number of prompt tokens; needed by ``generated`` and ``prompt``.
             turns: assistant turns, each from the token before its first; needed by ``assistant``.
+                One that ends with the prompt or after it is open: generated tokens prolong it.
 
         Raises:
             PositionError: what the scope needs was not given.
@@ -140,7 +141,10 @@ class Where:
                     remedy="pass turns=[model.encode(messages).turns, ...] to on(), or generate "
                     "through innsteer, which finds them",
                 )
-            return tuple(turns)
+            return tuple(
+                (start, None if prompt is not None and stop and stop >= prompt else stop)
+                for start, stop in turns
+            )
         if prompt is None:
             raise PositionError(
                 f"scope {self.scope!r} in a bare forward pass",

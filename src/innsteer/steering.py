@@ -17,15 +17,16 @@ from innsteer import steerer as contract
 from innsteer.calibration import Calibration, parse_number
 from innsteer.errors import FormatError, InputError, MismatchError
 from innsteer.files import canonical, fresh_folder, read_json, sha256_file, write_json, write_text
+from innsteer.fingerprint import Fingerprint
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
-from innsteer.fingerprint import Fingerprint
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span, Where
 from innsteer.steerer import Interventions, Steerer
 
 FORMAT = 1
 MAX_SIZE = 1_000_000
+UNCHECKED = 1 << 24
 HEADER, TENSORS, CARD, SEAL = (
     "steering.json",
     "steering.safetensors",
@@ -66,8 +67,7 @@ class Steering:
         Raises:
             InputError: a calibrated strength of a steering that was not tuned.
         """
-        name = self._behaviour(behaviour)
-        curve = self.calibration.get(name)
+        curve = self.calibration.get(self._behaviour(behaviour))
         if strength is None:
             return curve.strength if curve else 1.0
         if curve:
@@ -95,7 +95,7 @@ class Steering:
         k = len(self.behaviours)
         column = self.behaviours.index(self._behaviour(behaviour))
         if isinstance(strength, Tensor):
-            if strength.shape[-1] != k:
+            if not strength.ndim or strength.shape[-1] != k:
                 raise InputError(
                     f"coefficients of shape {tuple(strength.shape)}",
                     expected=f"[rows, {k}], a column for each of {', '.join(self.behaviours)}",
@@ -169,7 +169,7 @@ class Steering:
         return {
             "format": FORMAT,
             "method": self.steerer.name,
-            "config": asdict(self.steerer),  # type: ignore[call-overload]
+            "config": _config(self.steerer),
             "sites": [str(site) for site in self.interventions],
             "widths": [_width(self.interventions, site) for site in self.interventions],
             "sizes": self.interventions.sizes,
@@ -187,8 +187,10 @@ class Steering:
         """
         digest = hashlib.sha256(canonical(self.recipe))
         for name, tensor in sorted(self.interventions.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            # Bytes, because numpy knows no bfloat16.
+            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+            digest.update(flat.numpy().tobytes())
         return digest.hexdigest()
 
     # --- the folder ------------------------------------------------------------------------------
@@ -238,14 +240,32 @@ class Steering:
         _check_seal(folder)
         header = _parse(folder / HEADER)
         try:
-            kind = type(contract.get(header.method))
-            steerer = TypeAdapter(kind).validate_python(header.config)
-        except (ValidationError, InputError) as error:
+            steering = cls._read(header, _tensors(folder / TENSORS))
+        except FormatError:
+            raise
+        # Whatever a hostile header makes the method's own checks and torch say.
+        except (ValueError, TypeError, RuntimeError, AssertionError) as error:
             raise FormatError(f"{folder / HEADER}: method {header.method!r}: {error}") from error
+        if steering.identity != header.identity:
+            raise FormatError(
+                f"{folder}: its identity is {steering.identity[:12]}, not the stated "
+                f"{header.identity[:12]}",
+                remedy="fetch the artifact again",
+            )
+        return steering
+
+    @classmethod
+    def _read(cls, header: "_Header", tensors: dict[str, Tensor]) -> "Steering":
+        """What header and tensors describe."""
+        kind = type(contract.get(header.method, **header.config))
+        steerer: Steerer = TypeAdapter(kind).validate_python(header.config)
         widths = dict(zip(map(Site.parse, header.sites), header.widths, strict=True))
-        interventions = steerer.build(widths, len(header.behaviours), header.sizes)
-        _fill(interventions, folder / TENSORS)
-        steering = cls(
+        k = len(header.behaviours)
+        _bounded(header, tensors)
+        interventions = steerer.build(widths, k, header.sizes)
+        _match(interventions, tensors)
+        interventions.load_state_dict(tensors)
+        return cls(
             steerer,
             interventions.eval().requires_grad_(False),
             tuple(header.behaviours),
@@ -255,13 +275,10 @@ class Steering:
             header.provenance,
             header.card,
         )
-        if steering.identity != header.identity:
-            raise FormatError(
-                f"{folder}: its identity is {steering.identity[:12]}, not the stated "
-                f"{header.identity[:12]}",
-                remedy="fetch the artifact again",
-            )
-        return steering
+
+    def with_card(self, card: Mapping[str, Any]) -> "Steering":
+        """The same steering with an evaluation on its card."""
+        return replace(self, card=dict(card))
 
     def tuned(self, calibration: Mapping[str, Calibration], **provenance: Any) -> "Steering":
         """The same steering with calibration."""
@@ -269,6 +286,14 @@ class Steering:
         return replace(
             self, calibration=dict(self.calibration) | dict(calibration), provenance=notes
         )
+
+
+def _config(steerer: Steerer) -> dict[str, Any]:
+    """The fields in their declared types: separation=2 and 2.0 are one steering, saved or not."""
+    typed = TypeAdapter(type(steerer)).validate_python(
+        asdict(steerer)  # type: ignore[call-overload]
+    )
+    return asdict(typed)  # type: ignore[call-overload,no-any-return]
 
 
 def _width(interventions: Interventions, site: Site) -> int:
@@ -316,9 +341,9 @@ def _parse(path: Path) -> _Header:
 
 def _check_seal(folder: Path) -> None:
     """Every byte of every file is the one that was saved."""
-    files = read_json(folder / SEAL, "a steering folder's seal").get("files", {})
-    if set(files) != {HEADER, TENSORS, CARD}:
-        raise FormatError(f"{folder / SEAL} lists {sorted(files)}", expected="the folder's files")
+    files = read_json(folder / SEAL, "a steering folder's seal").get("files")
+    if not isinstance(files, dict) or set(files) != {HEADER, TENSORS, CARD}:
+        raise FormatError(f"{folder / SEAL} lists {files!r:.200}", expected="the folder's files")
     for name, digest in files.items():
         path = folder / name
         if not path.is_file() or path.is_symlink() or sha256_file(path) != digest:
@@ -328,22 +353,44 @@ def _check_seal(folder: Path) -> None:
             )
 
 
-def _fill(interventions: Interventions, path: Path) -> None:
-    """Load tensors into built modules: same names, shapes and dtypes, all finite."""
+def _tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file, all finite."""
     try:
-        tensors = load_file(path)
+        tensors: dict[str, Tensor] = load_file(path)
     except (SafetensorError, OSError) as error:
         raise FormatError(f"{path}: {error}") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FormatError(f"{path}: {name} holds numbers that are not finite")
+    return tensors
+
+
+def _bounded(header: "_Header", tensors: Mapping[str, Tensor]) -> None:
+    """A small file must not make us build something huge."""
+    stored = max(sum(t.numel() for t in tensors.values()), UNCHECKED)
+    longest = max((max(t.shape, default=0) for t in tensors.values()), default=0)
+    fields = [v for v in header.config.values() if isinstance(v, int)]
+    if (
+        sum(header.widths) * len(header.behaviours) > stored
+        or max(header.sizes.values(), default=0) > longest
+        or max(fields, default=0) > MAX_SIZE
+    ):
+        raise FormatError(
+            f"sizes {header.sizes or header.widths} of {len(header.behaviours)} behaviours beside "
+            f"tensors of {stored} numbers",
+            expected="those of the stored tensors",
+        )
+
+
+def _match(interventions: Interventions, tensors: Mapping[str, Tensor]) -> None:
+    """The tensors are those of the built modules: same names, shapes and dtypes."""
     own = interventions.state_dict()
     if set(own) != set(tensors):
         odd = sorted(set(own) ^ set(tensors))[:3]
-        raise FormatError(f"{path}: tensors differ from the method's: {', '.join(odd)}")
+        raise FormatError(f"{TENSORS}: tensors differ from the method's: {', '.join(odd)}")
     for name, tensor in tensors.items():
         if tensor.shape != own[name].shape or tensor.dtype != own[name].dtype:
             raise FormatError(
-                f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}",
+                f"{TENSORS}: {name} is {tensor.dtype} {tuple(tensor.shape)}",
                 expected=f"{own[name].dtype} {tuple(own[name].shape)}",
             )
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise FormatError(f"{path}: {name} holds numbers that are not finite")
-    interventions.load_state_dict(tensors)

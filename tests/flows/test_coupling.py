@@ -74,8 +74,10 @@ def test_outputs_of_nflows_and_normflows_are_reproduced(shared, name):
     torch.testing.assert_close(log_det, tensors["logdet"], rtol=0, atol=1e-9)
     torch.testing.assert_close(back, x[:, cut], rtol=0, atol=1e-9)
     torch.testing.assert_close(
-        back[:, 3:], tensors["x_back"][:, cut][:, 3:] if "mask" in tensors else tensors["x_back"],
-        rtol=0, atol=1e-9,
+        back[:, 3:],
+        tensors["x_back"][:, cut][:, 3:] if "mask" in tensors else tensors["x_back"],
+        rtol=0,
+        atol=1e-9,
     )
 
 

@@ -62,8 +62,10 @@ def test_every_pair_of_couplings_moves_every_coordinate_once():
 
 def test_the_seed_decides_weights_and_every_coupling_has_its_own():
     one, same, other = (coupling_stack(6, hidden=4, seed=s) for s in (0, 0, 1))
-    weights = [[p.net[0].weight for p in f.parts if isinstance(p, AffineCoupling)]
-               for f in (one, same, other)]
+    weights = [
+        [p.net[0].weight for p in f.parts if isinstance(p, AffineCoupling)]
+        for f in (one, same, other)
+    ]
     assert all(torch.equal(a, b) for a, b in zip(weights[0], weights[1], strict=True))
     assert not torch.equal(weights[0][0], weights[2][0])
     assert not torch.equal(weights[0][0], weights[0][2])
@@ -113,10 +115,10 @@ def test_a_dead_dimension_meets_the_floor():
 
 def test_the_fixed_log_det_is_the_share_of_standardising_alone():
     basis = torch.linalg.qr(rows(5, 3))[0]
-    inner = Chain([Standardise(3), coupling_stack(3, hidden=4)])
+    inner = Chain([Reverse(3), Standardise(3), coupling_stack(3, hidden=4)])
     flow = Subspace(inner.double(), basis)
     flow.initialise(rows(30, 5) * 10)
-    std = inner.parts[0].std
+    std = inner.parts[1].std
     assert float(flow.fixed_log_det) == pytest.approx(-float(std.log().sum()))
     assert float(flow.fixed_log_det) < -3
     free = flow.forward_log_det(rows(4, 5))[1] - flow.fixed_log_det
@@ -223,3 +225,8 @@ def test_sizes_out_of_range_are_refused(make, named):
 def test_an_unknown_mixing_is_named_with_the_nearest():
     with pytest.raises(UnknownName, match="did you mean 'permute'"):
         coupling_stack(4, mixing="permutation")
+
+
+@pytest.mark.parametrize("flow", [Permute(5, seed=1), LU(5, seed=1)])
+def test_the_order_is_saved_and_not_drawn_anew(flow):
+    assert flow.state_dict()["order"].tolist() == flow.order.tolist() != list(range(5))

@@ -4,20 +4,21 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from innsteer import __version__
 from innsteer.activations import Activations, Read, Rows, ShardWriter
-from innsteer.backends.base import Completion, Progress, Prompt, Sampling, silent
+from innsteer.backends.base import Completion, Kind, Progress, Prompt, Sampling, silent
 from innsteer.contrast import Contrast, Conversation, Item
 from innsteer.errors import InputError
-from innsteer.hooks import Attachment, Trace
+from innsteer.hooks import Attachment, Trace, require_selected
 from innsteer.interventions import Edit
 from innsteer.models import Encoded, LanguageModel
-from innsteer.site import Site, Span
+from innsteer.site import Site, Span, Where
 
 
 class _Stop(BaseException):
@@ -82,56 +83,61 @@ class HF:
         encoded = [self.model.encode(prompt.conversation) for prompt in prompts]
         done: dict[int, Completion] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i].ids))
-        for start in range(0, len(order), self.batch):
-            index = order[start : start + self.batch]
-            progress("generate", start, len(order))
-            done |= self._generate_batch(prompts, encoded, index, edits, sampling)
+        with _tally(edits) as trace:
+            for start in range(0, len(order), self.batch):
+                index = order[start : start + self.batch]
+                progress("generate", start, len(order))
+                rows = [encoded[i] for i in index]
+                with self._steered(edits, index, rows, trace):
+                    answers = self._decode([row.ids for row in rows], sampling, index[0])
+                touched = trace.steered if edits else [[] for _ in index]
+                for i, row, new, steered in zip(index, rows, answers, touched, strict=True):
+                    # A row that ended early is padded, and the padding steered, with its batch.
+                    end = row.prompt + len(new) - 1
+                    done[i] = Completion(
+                        item=prompts[i].item,
+                        kind="sample",
+                        prompt=as_text(prompts[i].conversation),
+                        text=self.model.decode(new).strip(),
+                        seed=sampling.seed,
+                        tokens=len(new),
+                        steered=sum(position < end for position in steered),
+                    )
         progress("generate", len(order), len(order))
         return [done[i] for i in range(len(prompts))]
 
-    def _generate_batch(
-        self,
-        prompts: Sequence[Prompt],
-        encoded: Sequence[Encoded],
-        index: Sequence[int],
-        edits: Sequence[Edit],
-        sampling: Sampling,
-    ) -> dict[int, Completion]:
-        rows = [encoded[i] for i in index]
-        ids, mask = self._pad([row.ids for row in rows], side="left")
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, number: int
+    ) -> list[list[int]]:
+        """New tokens of each prompt, up to the end of the turn, without penalty or ban.
+
+        One seed per batch and not per call: a batch's draws do not depend on earlier ones.
+        """
+        ids, mask = self._pad(prompts, side="left")
+        # Written out, because what is left open comes from the model's own generation config.
         how: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None}
         if sampling.temperature > 0:
             how = {"do_sample": True, "temperature": sampling.temperature, "top_p": 1.0}
-        with (
-            torch.inference_mode(),
-            torch.random.fork_rng(devices=[]),
-            self._steered(edits, index, rows) as trace,
-        ):
-            # One seed per batch and not per call: a batch's draws do not depend on earlier ones.
-            torch.manual_seed(sampling.seed * 1_000_003 + index[0])
+        with torch.inference_mode(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(sampling.seed * 1_000_003 + number)
             out = self.model.model.generate(
                 ids,
                 attention_mask=mask,
                 max_new_tokens=sampling.new_tokens,
+                num_beams=1,
+                num_return_sequences=1,
                 top_k=0 if sampling.temperature > 0 else None,
+                min_p=None,
+                repetition_penalty=1.0,
+                no_repeat_ngram_size=0,
+                eos_token_id=sorted(self.model.stop_ids) or None,
                 pad_token_id=self._pad_id,
                 **how,
             )
-        found = {}
-        for row, i in enumerate(index):
-            new = out[row, ids.shape[1] :].tolist()
-            ends = [n for n, token in enumerate(new) if token in self.model.stop_ids]
-            new = new[: ends[0] + 1] if ends else new
-            found[i] = Completion(
-                item=prompts[i].item,
-                kind="sample",
-                prompt=as_text(prompts[i].conversation),
-                text=self.model.tokenizer.decode(new, skip_special_tokens=True).strip(),
-                seed=sampling.seed,
-                tokens=len(new),
-                steered=len(trace.steered[row]) if trace else 0,
-            )
-        return found
+        answers = out[:, ids.shape[1] :].tolist()
+        stops = self.model.stop_ids
+        ends = [next((n for n, t in enumerate(new, 1) if t in stops), None) for new in answers]
+        return [new[:end] for new, end in zip(answers, ends, strict=True)]
 
     # --- score -----------------------------------------------------------------------------------
 
@@ -150,18 +156,20 @@ class HF:
         ]
         found: list[tuple[float, ...]] = [()] * len(jobs)
         rows = [encoded for _, encoded in jobs]
-        for index in self._batches([len(row.ids) for row in rows], progress, "score"):
-            part = [rows[j] for j in index]
-            ids, mask = self._pad([row.ids for row in part], side="left")
-            keep = max(len(row.ids) - row.prompt for row in part) + 1
-            owners = [jobs[j][0] for j in index]
-            with torch.inference_mode(), self._steered(edits, owners, part):
-                logits = self._logits(ids, mask, keep)
-                log_probs = logits[:, :-1].float().log_softmax(-1)
-                picked = log_probs.gather(-1, ids[:, 1 - keep :].unsqueeze(-1)).squeeze(-1)
-            for row, j in enumerate(index):
-                own = len(part[row].ids) - part[row].prompt
-                found[j] = tuple(picked[row, picked.shape[1] - own :].tolist())
+        with _tally(edits) as trace:
+            for index in self._batches([len(row.ids) for row in rows], progress, "score"):
+                part = [rows[j] for j in index]
+                ids, mask = self._pad([row.ids for row in part], side="left")
+                longest = max(len(row.ids) - row.prompt for row in part)
+                owners = [jobs[j][0] for j in index]
+                with torch.inference_mode(), self._steered(edits, owners, part, trace):
+                    logits = self._logits(ids, mask, longest + 1)
+                    log_probs = logits[:, :-1].float().log_softmax(-1)
+                    answer = ids[:, ids.shape[1] - longest :].unsqueeze(-1)
+                    picked = log_probs.gather(-1, answer).squeeze(-1)
+                for row, j in enumerate(index):
+                    own = len(part[row].ids) - part[row].prompt
+                    found[j] = tuple(picked[row, longest - own :].tolist())
         answers: list[list[tuple[float, ...]]] = [[] for _ in prompts]
         for (i, _), values in zip(jobs, found, strict=True):
             answers[i].append(values)
@@ -171,15 +179,18 @@ class HF:
         """Total log-probability of plain texts, without any template; every token steered."""
         tokenizer = self.model.tokenizer
         rows = [tuple(tokenizer(text)["input_ids"]) for text in texts]
-        edits = [Edit(e.interventions, e.coef, replace(e.where, scope="all")) for e in edits]
+        edits = [replace(edit, where=Where("all")) for edit in edits]
         found = [0.0] * len(rows)
-        for index in self._batches([len(row) for row in rows], silent, "score"):
+        scored = [i for i, row in enumerate(rows) if len(row) > 1]
+        for part in self._batches([len(rows[i]) for i in scored], silent, "score"):
+            index = [scored[j] for j in part]
             ids, mask = self._pad([rows[i] for i in index], side="right")
-            attached = Attachment(self.model, edits) if edits else nullcontext()
+            attached = Attachment(self.model, _of(edits, index)) if edits else nullcontext()
             with torch.inference_mode(), attached:
                 log_probs = self._logits(ids, mask, 0)[:, :-1].float().log_softmax(-1)
             picked = log_probs.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
-            for row, total in zip(index, (picked * mask[:, 1:]).sum(-1).tolist(), strict=True):
+            totals = (picked * mask[:, 1:]).sum(-1).tolist()
+            for row, total in zip(index, totals, strict=True):
                 found[row] = total
         return found
 
@@ -202,29 +213,38 @@ class HF:
         for start in range(0, len(order), self.batch):
             index = order[start : start + self.batch]
             progress("reference", start, len(order))
-            tokens, mask = self._pad([ids[i] for i in index], side="left")
-            with torch.inference_mode(), torch.random.fork_rng(devices=[]):
-                torch.manual_seed(sampling.seed * 1_000_003 + index[0])
-                out = self.model.model.generate(
-                    tokens,
-                    attention_mask=mask,
-                    max_new_tokens=sampling.new_tokens,
-                    do_sample=True,
-                    temperature=sampling.temperature or 1.0,
-                    top_p=1.0,
-                    top_k=0,
-                    pad_token_id=self._pad_id,
-                )
-            for row, i in enumerate(index):
-                new = out[row, tokens.shape[1] :].tolist()
-                ends = [n for n, token in enumerate(new) if token in self.model.stop_ids]
-                ids[i] = (*ids[i], *(new[: ends[0] + 1] if ends else new))
+            drawn = replace(sampling, temperature=sampling.temperature or 1.0)
+            for i, new in zip(
+                index, self._decode([ids[i] for i in index], drawn, index[0]), strict=True
+            ):
+                ids[i] = (*ids[i], *new)
         progress("reference", len(order), len(order))
         return Reference(tuple(prompts), tuple(ids), lengths)
 
-    def meter(self, reference: Reference, sites: Sequence[Site] = ()) -> "Meter":
-        """A measure of cost on a reference; with sites, the blocks below them run only once."""
-        return Meter(self, reference, sites)
+    def forced(self, prompts: Sequence[Prompt]) -> Reference:
+        """Given answers as a reference: one row per prompt and answer, in order."""
+        rows = [
+            (
+                replace(prompt, answers=(answer,)),
+                self.model.encode(prompt.conversation, answer=answer),
+            )
+            for prompt in prompts
+            for answer in prompt.answers
+        ]
+        return Reference(
+            tuple(prompt for prompt, _ in rows),
+            tuple(encoded.ids for _, encoded in rows),
+            tuple(encoded.prompt for _, encoded in rows),
+        )
+
+    def meter(
+        self, reference: Reference, sites: Sequence[Site] = (), *, divergence: bool = True
+    ) -> "Meter":
+        """A measure of edits on a reference; with sites, the blocks below them run only once.
+
+        ``divergence=False`` leaves KL out, and with it the stored distributions.
+        """
+        return Meter(self, reference, sites, divergence)
 
     # --- record ----------------------------------------------------------------------------------
 
@@ -276,8 +296,11 @@ class HF:
             for index in self._batches(lengths, progress, "record"):
                 part = [jobs[j] for j in index]
                 ids, mask = self._pad([e.ids for _, _, e in part], side=padding_side)
+                places = _positions(mask)
                 try:
-                    self.model.model.base_model(ids, attention_mask=mask, use_cache=False)
+                    self.model.model.base_model(
+                        ids, attention_mask=mask, position_ids=places, use_cache=False
+                    )
                 except _Stop:
                     pass
                 offset = [
@@ -335,29 +358,29 @@ class HF:
 
     @contextmanager
     def _steered(
-        self, edits: Sequence[Edit], index: Sequence[int], rows: Sequence[Encoded]
-    ) -> Iterator[Trace | None]:
+        self, edits: Sequence[Edit], index: Sequence[int], rows: Sequence[Encoded], trace: Trace
+    ) -> Iterator[None]:
         """Edits on the model for a batch whose rows are the prompts ``index``."""
         if not edits:
-            yield None
+            yield
             return
-        chosen = [replace(e, coef=e.coef[list(index)]) if e.coef.ndim == 2 else e for e in edits]
         with Attachment(
             self.model,
-            chosen,
+            _of(edits, index),
             prompt_lengths=[row.prompt for row in rows],
-            turns=[(*_past_turns(row), (row.prompt - 1, None)) for row in rows],
-        ) as attachment:
-            yield attachment.trace
+            turns=[row.turns for row in rows],
+            trace=trace,
+        ):
+            yield
 
-    def _logits(self, ids: Tensor, mask: Tensor, keep: int) -> Tensor:
+    def _logits(self, ids: Tensor, mask: Tensor, keep: int, cache: Any = None) -> Tensor:
         """Logits of the last ``keep`` positions (0 = all) of a padded batch."""
-        positions = (mask.cumsum(-1) - 1).clamp_min(0)
         out = self.model.model(
             ids,
             attention_mask=mask,
-            position_ids=positions,
-            use_cache=False,
+            position_ids=_positions(mask)[:, mask.shape[1] - ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=cache is not None,
             logits_to_keep=keep,
         )
         return cast(Tensor, out.logits)
@@ -401,77 +424,173 @@ class HF:
 
 
 class Meter:
-    """Cost of edits on a reference: per-token KL(base || steered), in nats.
+    """What edits do to the predictions on a reference, per response token.
 
-    The unsteered log-probabilities are computed once. With ``sites``, so are the blocks below the
-    lowest of them: a measurement runs the blocks above only, which is exact, because without a
-    cache they see nothing but the hidden states at that block.
+    Gives ``kl`` = KL(base || steered) in nats, and the steered and unsteered log-probability of the
+    token that stands there. What is unsteered is computed once; with ``sites``, so are the blocks
+    below the lowest of them: a measurement then runs the blocks above only. That is exact, because
+    without a cache they see nothing but the hidden states at that block.
     """
 
-    def __init__(self, backend: HF, reference: Reference, sites: Sequence[Site] = ()) -> None:
+    def __init__(
+        self, backend: HF, reference: Reference, sites: Sequence[Site] = (), divergence: bool = True
+    ) -> None:
         self.backend, self.reference = backend, reference
         self._cut = _cut(sites)
-        self._batches: list[tuple[list[int], Tensor, Tensor, Tensor, Any]] = []
+        self._divergence = divergence
+        self._batches: list[_Measured] = []
         lengths = [len(ids) for ids in reference.ids]
         with torch.inference_mode():
             for index in backend._batches(lengths, silent, "meter"):
-                ids, mask = backend._pad([reference.ids[i] for i in index], side="left")
+                rows = [reference.ids[i] for i in index]
+                ids, mask = backend._pad(rows, side="left")
+                cache = DynamicCache() if sites else None
                 with self._tap() as held:
-                    base = self._predict(index, ids, mask)
-                self._batches.append((index, ids, mask, base, held[0] if held else None))
+                    base = self._predict(index, ids, mask, cache)
+                prefix = ids.shape[1] - max(map(self._count, index)) - 1
+                self._batches.append(
+                    _Measured(
+                        index,
+                        ids,
+                        mask,
+                        base if divergence else None,
+                        self._own(index, base),
+                        held[0] if held else None,
+                        _past(cache, prefix),
+                        max(prefix, 0) if cache is not None else 0,
+                    )
+                )
 
     def __call__(
         self,
         edits: Sequence[Edit],
         *,
-        kind: str = "neutral",
+        kind: Kind = "neutral",
         displacement: list[float] | None = None,
     ) -> list[Completion]:
-        """One completion per prompt, with ``kl`` per token; relative displacements are appended."""
+        """One completion per row of the reference, in order, under the edits.
+
+        Args:
+            displacement: a list to which |h' - h| / |h| of every edited row is appended.
+        """
+        found: dict[int, Completion] = {}
+        # An edit below the cut changes what was kept.
+        held = _cut([site for edit in edits for site in edit.interventions]) >= self._cut
+        # Under these scopes nothing before the last prompt token is edited, in any layer.
+        late = held and all(edit.where.scope in ("generated", "assistant") for edit in edits)
+        with _tally(edits) as trace:
+            for part in self._batches:
+                lengths = [self.reference.lengths[i] for i in part.order]
+                attached = Attachment(
+                    self.backend.model,
+                    _of(edits, part.order),
+                    prompt_lengths=lengths,
+                    turns=[((n - 1, None),) for n in lengths],
+                    displacement=displacement,
+                    trace=trace,
+                )
+                start = part.prefix if late else 0
+                replay = self._replay(part.held if held else None, start)
+                with torch.inference_mode(), replay, attached:
+                    steered = self._predict(
+                        part.order, part.ids[:, start:], part.mask, part.cache_at(start)
+                    )
+                found |= self._completions(part, steered, kind, trace)
+        return [found[i] for i in range(len(self.reference.ids))]
+
+    def unsteered(self, *, kind: Kind = "neutral") -> list[Completion]:
+        """The same figures for the plain model: a divergence of 0."""
+        found: dict[int, Completion] = {}
+        for part in self._batches:
+            if part.base is not None:
+                found |= self._completions(part, part.base, kind, None)
+                continue
+            with torch.inference_mode():
+                again = self._predict(part.order, part.ids, part.mask)
+            found |= self._completions(part, again, kind, None)
+        return [found[i] for i in range(len(self.reference.ids))]
+
+    def prompted(self, instruction: str, *, kind: Kind = "neutral") -> list[Completion]:
+        """The same figures for the plain model with an instruction added to every prompt."""
         found: dict[int, Completion] = {}
         reference = self.reference
-        for index, ids, mask, base, held in self._batches:
-            lengths = [reference.lengths[i] for i in index]
-            chosen = [replace(e, coef=e.coef[index]) if e.coef.ndim == 2 else e for e in edits]
-            attached = Attachment(
-                self.backend.model,
-                chosen,
-                prompt_lengths=lengths,
-                turns=[((n - 1, None),) for n in lengths],
-                displacement=displacement,
-            )
-            with torch.inference_mode(), self._replay(held), attached:
-                steered = self._predict(index, ids, mask)
-            kl = (base.exp() * (base - steered)).sum(-1)
-            place = 0
-            for row, i in enumerate(index):
-                count = max(len(reference.ids[i]) - lengths[row], 1)
-                values = tuple(kl[place : place + count].clamp_min(0).tolist())
-                place += count
-                prompt = reference.prompts[i]
-                found[i] = Completion(
-                    prompt.item,
-                    cast(Any, kind),
-                    as_text(prompt.conversation),
-                    values={"kl": values},
-                    tokens=count,
-                    steered=len(attached.trace.steered[row]),
-                )
+        for part in self._batches:
+            rows = []
+            for i in part.order:
+                asked = instruct(reference.prompts[i].conversation, instruction)
+                answer = reference.ids[i][reference.lengths[i] :]
+                rows.append((*self.backend.model.encode(asked).ids, *answer))
+            ids, mask = self.backend._pad(rows, side="left")
+            with torch.inference_mode():
+                predicted = self._predict(part.order, ids, mask)
+            found |= self._completions(part, predicted, kind, None)
         return [found[i] for i in range(len(reference.ids))]
 
-    def _predict(self, index: Sequence[int], ids: Tensor, mask: Tensor) -> Tensor:
+    def _completions(
+        self, part: "_Measured", steered: Tensor, kind: Kind, trace: Trace | None
+    ) -> dict[int, Completion]:
+        """Completions of one batch from its steered log-probabilities."""
+        kl = None
+        if part.base is not None:
+            # Rounding can leave a KL of equal distributions a hair below 0.
+            kl = (part.base.exp() * (part.base - steered)).sum(-1).clamp_min(0).tolist()
+            best = part.base.max(-1)
+            sure = best.values.exp().tolist()
+            same = (steered.argmax(-1) == best.indices).float().tolist()
+        own = self._own(part.order, steered).tolist()
+        base = part.own.tolist()
+        found, place = {}, 0
+        for row, i in enumerate(part.order):
+            count = self._count(i)
+            window = slice(place, place + count)
+            place += count
+            values = {"log_prob": tuple(own[window]), "base_log_prob": tuple(base[window])}
+            # The last token of an answer predicts nothing that is measured.
+            last = self.reference.lengths[i] - 1 + count
+            edited = sum(position < last for position in trace.steered[row]) if trace else 0
+            if kl is not None:
+                # A row without an edit costs nothing; kept columns may differ by rounding.
+                values["kl"] = tuple(kl[window]) if edited or not trace else (0.0,) * count
+                values["sure"], values["same"] = tuple(sure[window]), tuple(same[window])
+            prompt = self.reference.prompts[i]
+            found[i] = Completion(
+                prompt.item,
+                kind,
+                as_text(prompt.conversation),
+                prompt.answers[0] if prompt.answers else "",
+                values=values,
+                tokens=count,
+                steered=edited,
+            )
+        return found
+
+    def _count(self, i: int) -> int:
+        """Predicted tokens of a row: its response, or the first token of a bare prompt's."""
+        return max(len(self.reference.ids[i]) - self.reference.lengths[i], 1)
+
+    def _predict(
+        self, index: Sequence[int], ids: Tensor, mask: Tensor, cache: Any = None
+    ) -> Tensor:
         """Log-probabilities ``[predicted tokens, vocabulary]`` of a batch, row after row."""
         reference = self.reference
-        counts = [max(len(reference.ids[i]) - reference.lengths[i], 1) for i in index]
-        bare = [len(reference.ids[i]) == reference.lengths[i] for i in index]
-        keep = max(counts) + 1
-        logits = self.backend._logits(ids, mask, keep)
-        parts = [
+        counts = [self._count(i) for i in index]
+        logits = self.backend._logits(ids, mask, max(counts) + 1, cache)
+        parts = []
+        for row, (i, count) in enumerate(zip(index, counts, strict=True)):
+            bare = len(reference.ids[i]) == reference.lengths[i]
             # The token before each response token predicts it; a bare prompt's last token is read.
-            logits[row, -count:] if bare[row] else logits[row, -count - 1 : -1]
-            for row, count in enumerate(counts)
-        ]
+            parts.append(logits[row, -count:] if bare else logits[row, -count - 1 : -1])
         return torch.cat(parts).float().log_softmax(-1)
+
+    def _own(self, index: Sequence[int], log_probs: Tensor) -> Tensor:
+        """Log-probabilities of the response tokens; of a bare prompt, the best token's."""
+        reference, tokens, place = self.reference, [], 0
+        for i in index:
+            answer = list(reference.ids[i][reference.lengths[i] :])
+            tokens += answer or [int(log_probs[place].argmax())]
+            place += self._count(i)
+        chosen = torch.tensor(tokens, device=log_probs.device).unsqueeze(-1)
+        return log_probs.gather(-1, chosen).squeeze(-1)
 
     @contextmanager
     def _tap(self) -> Iterator[list[Any]]:
@@ -488,18 +607,67 @@ class Meter:
             handle.remove()
 
     @contextmanager
-    def _replay(self, held: Any) -> Iterator[None]:
-        """Blocks up to the cut hand over what was kept instead of computing it."""
+    def _replay(self, held: Any, start: int) -> Iterator[None]:
+        """Blocks up to the cut hand over what was kept (from a column on), not computing it."""
         if held is None:
             yield
             return
+        if start:
+            whole = held
+            held = (
+                (whole[0][:, start:], *whole[1:]) if isinstance(whole, tuple) else whole[:, start:]
+            )
         with ExitStack() as stack:
             for block in self.backend.model.layout.blocks[: self._cut + 1]:
-                module = block.module
+                own = vars(block.module)
+                if "forward" in own:
+                    stack.callback(own.__setitem__, "forward", own["forward"])
                 # An instance attribute shadows the class's forward; hooks still run around it.
-                vars(module)["forward"] = lambda *args, **kwargs: held
-                stack.callback(vars(module).pop, "forward")
+                stack.callback(own.pop, "forward")
+                own["forward"] = lambda *args, **kwargs: held
             yield
+
+
+class _Measured(NamedTuple):
+    """One batch of a meter and what is unsteered about it."""
+
+    order: list[int]
+    ids: Tensor
+    mask: Tensor
+    base: Tensor | None
+    own: Tensor
+    held: Any
+    past: list[tuple[Tensor, Tensor]]
+    prefix: int
+
+    def cache_at(self, start: int) -> DynamicCache | None:
+        """A fresh cache of the columns before ``start``: every pass writes to its own."""
+        if not start:
+            return None
+        cache = DynamicCache()
+        for layer, (keys, values) in enumerate(self.past):
+            cache.update(keys, values, layer)
+        return cache
+
+
+def _past(cache: DynamicCache | None, columns: int) -> list[tuple[Tensor, Tensor]]:
+    """Keys and values of the first columns, layer by layer."""
+    if cache is None or columns < 1:
+        return []
+    layers: Any = cache.layers
+    return [(part.keys[:, :, :columns], part.values[:, :, :columns]) for part in layers]
+
+
+def instruct(conversation: Conversation, instruction: str) -> Conversation:
+    """A conversation whose last user turn ends with an instruction: the prompt-only arm.
+
+    >>> instruct("Write a poem.", "Be brief.")
+    'Write a poem. Be brief.'
+    """
+    if isinstance(conversation, str):
+        return f"{conversation} {instruction}"
+    *before, last = conversation
+    return (*before, {"role": last["role"], "content": f"{last['content']} {instruction}"})
 
 
 def _cut(sites: Sequence[Site]) -> int:
@@ -511,9 +679,23 @@ def _cut(sites: Sequence[Site]) -> int:
     return lowest - 1 if inner else lowest
 
 
-def _past_turns(row: Encoded) -> tuple[Span, ...]:
-    """Assistant turns that ended before the open one."""
-    return tuple((start, stop) for start, stop in row.turns if stop <= row.prompt - 1)
+def _of(edits: Sequence[Edit], index: Sequence[int]) -> list[Edit]:
+    """The edits of some sequences, where each has its own row of coefficients."""
+    return [replace(e, coef=e.coef[list(index)]) if e.coef.ndim == 2 else e for e in edits]
+
+
+@contextmanager
+def _tally(edits: Sequence[Edit]) -> Iterator[Trace]:
+    """One trace for all batches of a run: a batch may hold no token in scope, not all of them."""
+    trace = Trace()
+    yield trace
+    if edits:
+        require_selected(trace, edits)
+
+
+def _positions(mask: Tensor) -> Tensor:
+    """Absolute positions ``[batch, time]`` of a padded batch."""
+    return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def _read_tokens(encoded: Encoded, read: Read, span: Span, item: str) -> list[list[int]]:

@@ -56,7 +56,7 @@ class Standardise(Flow):
     def initialise(self, x: Tensor) -> Tensor:
         """Take mean and population std (floor 1e-6) of the rows."""
         check_rows(x, self.width)
-        rows = x.double()  # a sum of float32 rows of norm 10^4 loses the digits of a small spread
+        rows = x.double()  # once per fit: the wider sums of massive dimensions cost nothing
         self.mean.copy_(rows.mean(0))
         self.std.copy_(rows.std(0, correction=0).clamp_min(STD_FLOOR))
         return self.forward(x)

@@ -40,13 +40,14 @@ class Score(NamedTuple):
 class Metric(ABC):
     """A measure of completions of one kind.
 
-    Class variables: ``kind`` of completions it reads, ``unit``, and ``better`` (``higher``,
-    ``lower`` or ``neither``).
+    Class variables: ``kind`` of completions it reads, ``unit``, ``better`` (``higher``, ``lower``
+    or ``neither``), and ``family`` for scorers that only some behaviours concern ("" = every one).
     """
 
     kind: ClassVar[Kind]
     unit: ClassVar[str]
     better: ClassVar[str]
+    family: ClassVar[str] = ""
 
     @property
     def name(self) -> str:

@@ -5,13 +5,15 @@ from innsteer.metrics.base import Measured, Metric
 
 
 class EditedShare(Metric):
-    """Share of the steerable tokens of neutral answers that were edited, 0 to 1; a gate lowers it."""
+    """Share of the predicting tokens of neutral answers that were edited, 0 to 1.
+
+    1 for a steering without a gate: the last prompt token and every response token are edited.
+    """
 
     kind = "neutral"
     unit = "share of tokens"
     better = "neither"
 
     def measure(self, completion: Completion) -> Measured | None:
-        """Edited rows over rows in scope."""
-        rows = completion.values.get("edited", ())
-        return Measured(sum(rows) / len(rows), len(rows)) if rows else None
+        """Edited over predicted tokens."""
+        return Measured(completion.steered / completion.tokens, completion.tokens)

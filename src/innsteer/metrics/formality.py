@@ -52,6 +52,7 @@ class Formality(Metric):
     kind = "sample"
     unit = "index, 0 to 1"
     better = "neither"
+    family = "formality"
 
     def measure(self, completion: Completion) -> Measured | None:
         """The answer's index."""

@@ -29,7 +29,7 @@ def compound(text: str) -> float:
 
 
 class NegativeSentiment(Metric):
-    """Share of answers that VADER classifies as negative: compound <= -0.05, its authors' threshold.
+    """Share of answers that VADER calls negative: compound <= -0.05, its authors' threshold.
 
     A lexicon and rules over the whole answer, offline and independent of any behaviour's texts. It
     sees words, not truth: irony and faint praise pass for positive.
@@ -42,6 +42,7 @@ class NegativeSentiment(Metric):
     kind = "sample"
     unit = "share of answers"
     better = "neither"
+    family = "sentiment"
 
     def measure(self, completion: Completion) -> Measured | None:
         """1 when the answer is negative."""

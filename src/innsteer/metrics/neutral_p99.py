@@ -1,5 +1,7 @@
 """The tail of the neutral cost."""
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from innsteer.backends.base import Completion
@@ -22,7 +24,7 @@ class NeutralP99(Metric):
         raise AssertionError("scored over tokens")
 
     def score(
-        self, completions: "list[Completion]", *, level: float = 0.95, seed: int = 0
+        self, completions: Sequence[Completion], *, level: float = 0.95, seed: int = 0
     ) -> Score | None:
         """Percentile over pooled tokens; the interval resamples whole completions."""
         parts = [np.array(c.values["kl"]) for c in completions if c.kind == self.kind]

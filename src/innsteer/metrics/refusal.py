@@ -1,8 +1,9 @@
 """Refusal: the share of answers that decline."""
 
 import re
+from typing import ClassVar
 
-from innsteer.backends.base import Completion
+from innsteer.backends.base import Completion, Kind
 from innsteer.metrics.base import Measured, Metric
 
 _DECLINES = re.compile(
@@ -25,7 +26,7 @@ def declines(text: str) -> bool:
 class Refusal(Metric):
     """Share of answers that decline, by fixed phrases; on harmless prompts this is over-refusal."""
 
-    kind = "sample"
+    kind: ClassVar[Kind] = "sample"
     unit = "share of answers"
     better = "neither"
 

@@ -11,6 +11,7 @@ class Sentiment(Metric):
     kind = "sample"
     unit = "compound, -1 to 1"
     better = "neither"
+    family = "sentiment"
 
     def measure(self, completion: Completion) -> Measured | None:
         """The answer's compound score."""

@@ -47,10 +47,11 @@ class DiffMean(Steerer):
     def fit(self, acts: Activations, *, seed: int = 0) -> Interventions:
         """Means in float64, stored in float32; the seed is not used."""
         fitted = self.build(acts.widths, len(acts.behaviours))
+        train = acts.where(split="train")
         for site in acts.sites:
             shift = fitted[site]
             assert isinstance(shift, Shift)
             for row, behaviour in enumerate(acts.behaviours):
-                source, target = acts.sides(site, behaviour)
+                source, target = train.sides(site, behaviour)
                 shift.shifts[row] = target.double().mean(0) - source.double().mean(0)
         return fitted

@@ -4,17 +4,21 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
 from innsteer.activations import Activations
-from innsteer.errors import InputError
+from innsteer.errors import InputError, UnknownName
 from innsteer.flows import Chain, Flow, Standardise, Subspace, coupling_stack
 from innsteer.interventions import trainable
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions, Steerer
+
+Mixing = Literal["permute", "alternate", "householder", "lu"]
+Activation = Literal["relu", "tanh", "gelu"]
+Form = Literal["distance", "margin", "fisher", "cosine"]
 
 
 class LatentShift(Intervention):
@@ -112,14 +116,14 @@ class INNSteer(Steerer):
     hidden: int = 128
     depth: int = 1
     s_max: float = 1.0
-    mixing: Literal["permute", "alternate", "householder", "lu"] = "permute"
-    activation: Literal["relu", "tanh", "gelu"] = "relu"
+    mixing: Mixing = "permute"
+    activation: Activation = "relu"
     actnorm: bool = True
     subspace: int = 0
     likelihood: float = 1.0
-    separation: float = 1.0
+    separation: float = 0.1
     log_det: float = 0.5
-    separation_form: Literal["distance", "margin", "fisher", "cosine"] = "distance"
+    separation_form: Form = "distance"
     margin: float = 3.0
     epochs: int = 300
     batch: int = 64
@@ -131,24 +135,40 @@ class INNSteer(Steerer):
     holdout: float = 0.15
 
     def __post_init__(self) -> None:
-        if min(self.couplings, self.hidden, self.depth, self.epochs, self.batch) < 1:
-            raise InputError("a size or number of epochs below 1 in INNSteer", expected=">= 1")
-        if min(self.likelihood, self.separation, self.log_det) < 0:
-            raise InputError("a negative loss weight in INNSteer", expected=">= 0")
+        ranges = {
+            1: ("couplings", "hidden", "depth", "epochs", "batch"),
+            0: ("subspace", "patience", "likelihood", "separation", "log_det", "margin")
+            + ("weight_decay", "warmup"),
+        }
+        for least, names in ranges.items():
+            for name in names:
+                # "not >=" so that NaN is refused too
+                if not least <= getattr(self, name) < math.inf:
+                    raise InputError(f"{name}={getattr(self, name)}", expected=f">= {least}")
+        for name in ("s_max", "learning_rate", "clip"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"{name}={getattr(self, name)}", expected="a positive number")
         if not 0 < self.holdout < 1:
             raise InputError(f"holdout={self.holdout}", expected="between 0 and 1")
+        choices = {"mixing": Mixing, "activation": Activation, "separation_form": Form}
+        for name, kind in choices.items():
+            if getattr(self, name) not in get_args(kind):
+                raise UnknownName(name, getattr(self, name), get_args(kind))
 
     def build(
         self, widths: Mapping[Site, int], k: int = 1, sizes: Mapping[str, int] = {}
     ) -> Interventions:
         """Flows of the right shapes, not fitted."""
         return Interventions(
-            {site: LatentShift(self._flow(width, sizes), k) for site, width in widths.items()}
+            {
+                site: LatentShift(self._flow(width, sizes.get(f"{site}.subspace")), k)
+                for site, width in widths.items()
+            }
         )
 
-    def _flow(self, width: int, sizes: Mapping[str, int], seed: int = 0) -> Flow:
+    def _flow(self, width: int, rank: int | None, seed: int = 0) -> Flow:
         """Standardise, then the couplings; inside a subspace where one is asked for."""
-        inner = min(sizes.get("subspace", self.subspace) or width, width)
+        inner = min(rank or self.subspace or width, width)
         stack = coupling_stack(
             inner,
             couplings=self.couplings,
@@ -170,12 +190,8 @@ class INNSteer(Steerer):
     def _fit_site(self, acts: Activations, site: Site, seed: int) -> LatentShift:
         data = _split(acts, site, self.holdout, seed)
         width = acts.widths[site]
-        sizes: dict[str, int] = {}
-        basis = None
-        if self.subspace:
-            basis = _basis(acts, site, min(self.subspace, width))
-            sizes["subspace"] = basis.shape[1]
-        flow = self._flow(width, sizes, seed)
+        basis = _basis(acts, site, min(self.subspace, width)) if self.subspace else None
+        flow = self._flow(width, None if basis is None else basis.shape[1], seed)
         if basis is not None:
             assert isinstance(flow, Subspace)
             flow.basis.copy_(basis)
@@ -212,7 +228,7 @@ class INNSteer(Steerer):
                 continue
             held_out = self._held_out(flow, data)
             if not math.isfinite(held_out):
-                break
+                raise _diverged()
             # A gain below 1e-4 nats per dimension is noise of the held-out rows.
             better = held_out < best - 1e-4
             since = 0 if better else since + 1
@@ -223,11 +239,7 @@ class INNSteer(Steerer):
         if self.patience:
             flow.load_state_dict(state)
         if not all(torch.isfinite(p).all() for p in parameters):
-            raise InputError(
-                "INNSteer's training diverged",
-                expected="finite weights",
-                remedy="lower learning_rate or separation, or raise log_det",
-            )
+            raise _diverged()
 
     def _held_out(self, flow: Flow, data: "_Data") -> float:
         with torch.no_grad():
@@ -239,10 +251,10 @@ class INNSteer(Steerer):
         z, log_det = flow.forward_log_det(rows)
         d = flow.inner.width if isinstance(flow, Subspace) else flow.width
         per_dim = (log_det - flow.fixed_log_det) / d
-        z_inner = flow.coordinates(z) if isinstance(flow, Subspace) else z
+        z_inner = z @ flow.basis if isinstance(flow, Subspace) else z
         nll = 0.5 * z_inner.square().mean() - per_dim.mean()
         tame = per_dim.mean().square() + per_dim.var(correction=0)
-        split = z_inner.split([len(part) for part in (*source, *target)])
+        split = torch.split(z_inner, [len(part) for part in (*source, *target)])
         apart = torch.stack(
             [self._apart(split[i], split[i + len(source)]) for i in range(len(source))]
         ).mean()
@@ -337,11 +349,9 @@ def _split(acts: Activations, site: Site, holdout: float, seed: int) -> _Data:
     if len(train) == 0:
         raise InputError("no training rows", expected="rows with split 'train'")
     if len(held) == 0:
-        items = sorted(set(train.rows.item.tolist()))
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-        kept_out = {items[i] for i in order[: max(1, round(holdout * len(items)))]}
+        kept_out = _drawn(train, holdout, seed)
         held = train.where(item=sorted(kept_out))
-        train = train.where(item=sorted(set(items) - kept_out))
+        train = train.where(item=sorted(set(train.rows.item.tolist()) - kept_out))
     parts = [part.sides(site, name) for part in (train, held) for name in acts.behaviours]
     count = len(acts.behaviours)
     return _Data(
@@ -349,6 +359,28 @@ def _split(acts: Activations, site: Site, holdout: float, seed: int) -> _Data:
         [target for _, target in parts[:count]],
         [source for source, _ in parts[count:]],
         [target for _, target in parts[count:]],
+    )
+
+
+def _drawn(acts: Activations, share: float, seed: int) -> set[str]:
+    """Items to hold out: a share, one at least, of each kind, so that no side is bare."""
+    rows, rng = acts.rows, torch.Generator().manual_seed(seed)
+    parts: dict[str, set[tuple[str, str]]] = {}
+    for item, behaviour, side in zip(rows.item, rows.behaviour, rows.side, strict=True):
+        parts.setdefault(str(item), set()).add((str(behaviour), str(side)))
+    drawn: set[str] = set()
+    for kind in sorted({tuple(sorted(part)) for part in parts.values()}):
+        items = sorted(item for item, part in parts.items() if tuple(sorted(part)) == kind)
+        order = torch.randperm(len(items), generator=rng).tolist()
+        drawn |= {items[i] for i in order[: max(1, round(share * len(items)))]}
+    return drawn
+
+
+def _diverged() -> InputError:
+    return InputError(
+        "INNSteer's training diverged",
+        expected="a finite loss and finite weights",
+        remedy="lower learning_rate or separation, or raise log_det",
     )
 
 
@@ -365,18 +397,16 @@ def _basis(acts: Activations, site: Site, rank: int) -> Tensor:
         directions.append((target.mean(0) - source.mean(0)).unsqueeze(0))
         pair_source, pair_target = (part.double() for part in train.pairs(site, name))
         if len(pair_source) > 1:
-            _, _, components = torch.linalg.svd(pair_target - pair_source, full_matrices=False)
-            directions.append(components[: max(rank // 8, 1)])
+            directions.append(_main_directions(pair_target - pair_source)[: max(rank // 8, 1)])
     rows = train.values[site].double()
-    _, _, components = torch.linalg.svd(rows - rows.mean(0), full_matrices=False)
-    stacked = torch.cat([*directions, components])
+    stacked = torch.cat([*directions, _main_directions(rows - rows.mean(0))])
     stacked = stacked / stacked.norm(dim=-1, keepdim=True).clamp_min(1e-12)
     basis: list[Tensor] = []
     for direction in stacked:
         for known in basis:
             direction = direction - (direction @ known) * known
-        # Below this the direction is in the span already, up to rounding.
-        if direction.norm() > 1e-6:
+        # Below this the direction is in the span already, up to the rounding of float32 rows.
+        if direction.norm() > 1e-4:
             direction = direction / direction.norm()
             for known in basis:
                 direction = direction - (direction @ known) * known
@@ -384,6 +414,16 @@ def _basis(acts: Activations, site: Site, rank: int) -> Tensor:
         if len(basis) == rank:
             break
     return torch.stack(basis, dim=1).float()
+
+
+def _main_directions(rows: Tensor) -> Tensor:
+    """Right singular vectors, main one first, without those along which the rows do not spread.
+
+    Standardising such a one would blow a new row's coordinate up by the inverse of round-off.
+    """
+    _, spread, components = torch.linalg.svd(rows, full_matrices=False)
+    main: Tensor = components[spread > 1e-6 * spread[0]]
+    return main
 
 
 def _fisher(source: Tensor, target: Tensor) -> Tensor:

@@ -16,13 +16,16 @@ def loops(text: str, *, window: int = 32) -> bool:
     return len(trigrams) >= 10 and len(set(trigrams)) <= len(trigrams) / 2
 
 
-class Degeneration(Metric):
-    """Share of answers whose last 32 words loop, 0 to 1. Ask for 256 and 1,024 tokens."""
+class Degeneration256(Metric):
+    """Share of answers of up to 256 tokens whose last 32 words loop, 0 to 1."""
 
-    kind = "sample"
+    kind = "long"
     unit = "share of answers"
     better = "lower"
+    asked = 256
 
     def measure(self, completion: Completion) -> Measured | None:
         """1 when the answer ends in a loop."""
+        if completion.values["asked"] != (self.asked,):
+            return None
         return Measured(float(loops(completion.text)))

@@ -1,0 +1,525 @@
+"""The command line: each verb parses, calls one function and prints.
+
+``--help`` imports no torch: heavy imports wait inside the verbs. Exit codes: 0 done, 1 failed, 2
+bad input, 3 refused for safety, 130 interrupted.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from innsteer import shelf
+from innsteer.errors import InnsteerError, UnknownName
+
+app = typer.Typer(
+    name="innsteer",
+    help="Nonlinear steering of language models that you can measure and serve.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
+
+MODEL = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, GGUF file, or smollm2.")]
+DATA = Annotated[str, typer.Argument(help="A built-in behaviour, or a .jsonl or .json file.")]
+FOLDER = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
+STEERING = Annotated[Path, typer.Argument(help="A steering's folder.")]
+JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+SEED = Annotated[int, typer.Option(help="Seed of every random choice.")]
+LAYERS = Annotated[
+    str, typer.Option(help="Blocks, from 0: 19, 15,19,23 or 19.mlp; default: two thirds up.")
+]
+READ = Annotated[str, typer.Option(help="Answer tokens that become rows: last, mean, all.")]
+
+
+@app.command()
+def record(
+    data: DATA,
+    folder: FOLDER,
+    model: MODEL = "smollm2",
+    layers: LAYERS = "",
+    read: READ = "",
+    as_json: JSON = False,
+) -> None:
+    """Record the activations of a contrast's two sides."""
+    from innsteer import tuning
+    from innsteer.contrast import Contrast
+
+    with Bars(as_json) as progress:
+        language_model = _load(model)
+        contrast = Contrast.load(data)
+        acts = tuning.record_parts(
+            language_model, contrast, _sites(layers), read=_read(read), progress=progress
+        )
+        acts.save(folder)
+    found = {
+        "folder": str(folder),
+        "rows": len(acts),
+        "sites": [str(site) for site in acts.sites],
+        "read": acts.read,
+        "hash": acts.hash,
+    }
+    text = f"{len(acts)} rows at {', '.join(map(str, acts.sites))} in {folder}"
+    _done(as_json, found, text, f"innsteer fit {data} --rows {folder} --out my-steering")
+
+
+@app.command()
+def fit(
+    data: DATA,
+    folder: FOLDER,
+    method: Annotated[str, typer.Option(help="See: innsteer methods.")] = "innsteer",
+    model: MODEL = "smollm2",
+    layers: LAYERS = "",
+    read: READ = "",
+    where: Annotated[
+        str, typer.Option(help="generated, prompt, assistant, all or range:A:B.")
+    ] = "generated",
+    field: Annotated[
+        list[str] | None, typer.Option("--set", help="A field of the method: --set hidden=64.")
+    ] = None,
+    rows: Annotated[
+        Path | None, typer.Option(help="Fit on this recording instead of recording.")
+    ] = None,
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Fit a steering; of several layers, keep the one with the most control at the budget."""
+    if method not in shelf.names():
+        raise UnknownName("method", method, shelf.names())
+    fields = _fields(method, field or [])
+    from innsteer import tuning
+    from innsteer.activations import Activations
+    from innsteer.contrast import Contrast
+    from innsteer.site import Where
+    from innsteer.steerer import get
+
+    steerer = get(method, **fields)
+    place = Where.parse(where)
+    sites = _sites(layers)
+    with Bars(as_json) as progress:
+        contrast = Contrast.load(data)
+        recorded = Activations.load(rows) if rows else None
+        language_model = _load(model)
+        if recorded is not None:
+            steering = tuning.fit_rows(
+                language_model, steerer, recorded, where=place, seed=seed, progress=progress
+            )
+        elif len(sites) > 1:
+            steering = tuning.choose_layer(
+                language_model,
+                contrast,
+                steerer,
+                sites,
+                read=_read(read),
+                where=place,
+                seed=seed,
+                progress=progress,
+            )
+        else:
+            steering = tuning.fit(
+                language_model,
+                contrast,
+                steerer,
+                sites=sites,
+                read=_read(read),
+                where=place,
+                seed=seed,
+                progress=progress,
+            )
+        steering.save(folder)
+    text = f"fitted {method} in {steering.provenance['fit_seconds']} s -> {folder}"
+    _done(as_json, _facts(steering, folder), text, f"innsteer tune {folder} {data}")
+
+
+@app.command()
+def tune(
+    steering: STEERING,
+    data: DATA,
+    model: MODEL = "",
+    budget: Annotated[float, typer.Option(help="Cost budget, nats per token.")] = 0.0953,
+    both_ways: Annotated[bool, typer.Option(help="Measure negative strengths too.")] = False,
+    preview: Annotated[bool, typer.Option(help="Skip the last check on 2,000 tokens.")] = False,
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Measure dose and response, and find the strength that spends the budget."""
+    from innsteer import tuning
+    from innsteer.contrast import Contrast
+    from innsteer.steering import Steering
+
+    fitted = Steering.load(steering)
+    with Bars(as_json) as progress:
+        contrast = Contrast.load(data)
+        language_model = _load(model or _base(fitted))
+        fitted.check(language_model)
+        tuned = tuning.tune(
+            language_model,
+            fitted,
+            contrast,
+            budget=budget,
+            both_ways=both_ways,
+            preview=preview,
+            seed=seed,
+            progress=progress,
+        )
+        tuned.save(steering, replace=True)
+    if not as_json:
+        out.print(_dose_table(tuned))
+    curve = tuned.calibration[tuned.behaviours[0]]
+    text = f"strength {curve.strength:.4g} spends {budget} nats per token"
+    _done(as_json, _facts(tuned, steering), text, f"innsteer eval {steering} {data}")
+
+
+@app.command()
+def generate(
+    steering: STEERING,
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts; - or none: stdin.")] = None,
+    model: MODEL = "",
+    strength: Annotated[
+        str, typer.Option("--strength", "-s", help="A number, budget, or a cost like 0.05nat.")
+    ] = "",
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="New tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy.")] = 0.0,
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Answer prompts, plain and steered side by side."""
+    from innsteer.backends.base import Prompt, Sampling
+    from innsteer.backends.hf import HF
+    from innsteer.errors import InputError
+    from innsteer.steering import Steering
+
+    fitted = Steering.load(steering)
+    edit = fitted.edit(strength or None)
+    texts = [text for text in prompt or ["-"] if text != "-"]
+    if prompt is None or "-" in prompt:
+        texts += [line.strip() for line in sys.stdin if line.strip()]
+    if not texts:
+        raise InputError("no prompt", expected="arguments, or lines on standard input")
+    with Bars(as_json) as progress:
+        language_model = _load(model or _base(fitted))
+        fitted.check(language_model)
+        backend = HF(language_model)
+        prompts = [Prompt(str(n), text) for n, text in enumerate(texts)]
+        sampling = Sampling(tokens, temperature, seed)
+        plain = backend.generate(prompts, (), sampling, progress=progress)
+        steered = backend.generate(prompts, [edit], sampling, progress=progress)
+    pairs = list(zip(texts, plain, steered, strict=True))
+    found = [
+        {"prompt": text, "plain": p.text, "steered": s.text, "steered_tokens": s.steered}
+        for text, p, s in pairs
+    ]
+    if not as_json:
+        for text, p, s in pairs:
+            out.print(f"[bold]{_escape(text)}[/bold]")
+            out.print(f"  [dim]plain  [/dim] {_escape(p.text)}")
+            out.print(f"  [dim]steered[/dim] {_escape(s.text)}\n")
+    text = f"strength {fitted.resolve(strength or None):.4g}, identity {fitted.identity[:12]}"
+    _done(
+        as_json,
+        {
+            "strength": fitted.resolve(strength or None),
+            "identity": fitted.identity,
+            "answers": found,
+        },
+        text,
+        f"innsteer inspect {steering}",
+    )
+
+
+@app.command("eval")
+def evaluate(
+    steering: Annotated[list[Path], typer.Argument(help="Folders of tuned steerings.")],
+    data: Annotated[str, typer.Option("--data", "-d", help="Behaviour or file.")],
+    folder: FOLDER,
+    model: MODEL = "",
+    instruction: Annotated[str, typer.Option(help="What the prompt-only arm adds.")] = "",
+    preview: Annotated[bool, typer.Option(help="Few prompts, short answers.")] = False,
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Compare steerings with unsteered, prompt-only and a random direction; write a report."""
+    from innsteer import evaluation
+    from innsteer.contrast import Contrast
+    from innsteer.steering import Steering
+    from innsteer.suites import behaviour as suites
+
+    loaded = {path.name: Steering.load(path) for path in steering}
+    with Bars(as_json) as progress:
+        contrast = Contrast.load(data)
+        language_model = _load(model or _base(next(iter(loaded.values()))))
+        for fitted in loaded.values():
+            fitted.check(language_model)
+        suite = suites.load(contrast, instruction=instruction)
+        report = evaluation.compare(
+            language_model,
+            loaded,
+            suite.preview() if preview else suite,
+            sizes=evaluation.PREVIEW if preview else evaluation.Sizes(),
+            seed=seed,
+            progress=progress,
+        )
+        report.save(folder)
+        for path, fitted in zip(steering, loaded.values(), strict=True):
+            fitted.with_card(evaluation.card(report, path.name)).save(path, replace=True)
+    if not as_json:
+        out.print(_escape(report.text()))
+    _done(
+        as_json,
+        {"folder": str(folder)} | report.to_json(),
+        f"report in {folder}",
+        f"open {folder / 'report.html'}",
+    )
+
+
+@app.command()
+def inspect(steering: STEERING, as_json: JSON = False) -> None:
+    """Show what a steering is, and whether its files are whole."""
+    from innsteer.steering import Steering
+
+    fitted = Steering.load(steering)
+    facts = _facts(fitted, steering)
+    if not as_json:
+        table = Table(show_header=False, box=None)
+        for name in ("method", "behaviours", "sites", "where", "base", "identity", "strength"):
+            table.add_row(name, _escape(str(facts[name])))
+        for name, value in facts["diagnostics"].items():
+            table.add_row(name, f"{value:.4g}")
+        out.print(table)
+        if fitted.calibration:
+            out.print(_dose_table(fitted))
+    _done(as_json, facts, "every file matches its seal", f"innsteer generate {steering} 'Hello'")
+
+
+@app.command()
+def methods(as_json: JSON = False) -> None:
+    """List the methods on the shelf."""
+    found = shelf.describe()
+    if as_json:
+        _print_json(found)
+        return
+    table = Table("name", "needs", "trained", "what", "paper")
+    for row in found:
+        trained = "yes" if row["trained"] else "closed form"
+        table.add_row(row["name"], ", ".join(row["needs"]), trained, row["summary"], row["paper"])
+    out.print(table)
+    _next("innsteer fit critical --method diffmean --out my-steering")
+
+
+@app.command()
+def demo(
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Must not exist.")] = Path("demo"),
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Fit INNSteer and DiffMean on a small chat model, tune both, show answers and costs."""
+    from innsteer import demo as room
+
+    with Bars(as_json) as progress:
+        made = room.run(folder, seed=seed, progress=progress)
+    facts = {
+        "folder": str(made.folder),
+        "artifact": str(made.artifact),
+        "report": str(made.folder / "report" / "report.html"),
+        "seconds": made.seconds,
+        "cpu_seconds": round(made.cpu_seconds, 1),
+        "matmul_seconds": made.matmul_seconds,
+    }
+    if not as_json:
+        out.print(_escape(made.report.text()))
+    text = (
+        f"{sum(made.seconds.values()):.0f} s in all, {made.cpu_seconds:.0f} CPU seconds after "
+        f"loading the model\nartifact  {made.artifact}\nreport    {facts['report']}"
+    )
+    _done(
+        as_json,
+        facts | {"report_data": made.report.to_json()},
+        text,
+        f"innsteer generate {made.artifact} 'What did you think of the new café?'",
+    )
+
+
+# --- shared --------------------------------------------------------------------------------------
+
+
+class Bars:
+    """A progress display on stderr: a bar on a terminal, plain lines elsewhere, none for JSON."""
+
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet or not err.is_terminal
+        self._lines = not quiet and not err.is_terminal
+        self._last = ""
+        self._bars: Any = None
+        self._tasks: dict[str, Any] = {}
+
+    def __enter__(self) -> Callable[[str, int, int], None]:
+        if not self._quiet:
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+            self._bars = Progress(
+                "{task.description}",
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                console=err,
+                transient=True,
+            )
+            self._bars.start()
+        return self._show
+
+    def _show(self, stage: str, done: int, total: int) -> None:
+        if self._lines and stage != self._last:
+            print(f"{stage} ...", file=sys.stderr, flush=True)
+        self._last = stage
+        if self._bars is None:
+            return
+        for name in list(self._tasks):
+            if name != stage:
+                self._bars.remove_task(self._tasks.pop(name))
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bars is not None:
+            self._bars.stop()
+
+
+def _load(model: str) -> Any:
+    from innsteer.models import load_model
+
+    return load_model(model)
+
+
+def _base(steering: Any) -> str:
+    """The model that a steering was fitted on, by name."""
+    return steering.base.name if steering.base else "smollm2"
+
+
+def _sites(text: str) -> list[Any]:
+    from innsteer.site import Site
+
+    return [Site.parse(part.strip()) for part in text.split(",") if part.strip()]
+
+
+def _read(text: str) -> Any:
+    from innsteer.activations import READS
+
+    if text and text not in READS:
+        raise UnknownName("read rule", text, READS)
+    return text or None
+
+
+def _fields(method: str, pairs: list[str]) -> dict[str, Any]:
+    """Fields of a method from name=value; values are JSON, or plain text."""
+    from innsteer.errors import InputError
+
+    found: dict[str, Any] = {}
+    for pair in pairs:
+        name, mark, value = pair.partition("=")
+        if not mark:
+            raise InputError(
+                f"--set {pair!r}", expected="name=value", remedy="see innsteer methods"
+            )
+        try:
+            found[name] = json.loads(value)
+        except json.JSONDecodeError:
+            found[name] = value
+    return found
+
+
+def _facts(steering: Any, folder: Path) -> dict[str, Any]:
+    """What a steering is, as plain data."""
+    calibration = {name: curve.to_json() for name, curve in steering.calibration.items()}
+    return {
+        "folder": str(folder),
+        "method": steering.steerer.name,
+        "config": steering.recipe["config"],
+        "behaviours": list(steering.behaviours),
+        "sites": steering.recipe["sites"],
+        "where": str(steering.where),
+        "base": steering.base.name if steering.base else None,
+        "identity": steering.identity,
+        "strength": steering.resolve(),
+        "calibration": calibration,
+        "diagnostics": steering.provenance.get("diagnostics", {}),
+        "provenance": dict(steering.provenance),
+    }
+
+
+def _dose_table(steering: Any) -> Table:
+    """Dose and response."""
+    table = Table("strength", "cost (nats/token)", "90 % interval", "displacement", "control")
+    for curve in steering.calibration.values():
+        for dose in curve.doses:
+            mark = " <- budget" if abs(dose.strength - curve.strength) < 1e-9 else ""
+            gain = "" if dose.control is None else f"{dose.control:.3f}"
+            table.add_row(
+                f"{dose.strength:.4g}{mark}",
+                f"{dose.nats:.4f}",
+                f"{dose.low:.4f} to {dose.high:.4f}",
+                f"{dose.displacement:.3f}",
+                gain,
+            )
+    return table
+
+
+def _escape(text: str) -> str:
+    """Model text is text: no rich markup."""
+    from rich.markup import escape
+
+    return escape(text)
+
+
+def _done(as_json: bool, facts: Any, text: str, following: str) -> None:
+    """The end of a verb: facts for programs, or a line and the next command for people."""
+    if as_json:
+        _print_json(facts)
+        return
+    out.print(_escape(text))
+    _next(following)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, allow_nan=False, default=str))
+
+
+def _next(command: str) -> None:
+    out.print(f"[dim]next:[/dim] {_escape(command)}")
+
+
+def main() -> NoReturn:
+    """Entry point: known errors are one message and an exit code, never a traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except InnsteerError as error:
+        _fail(error, error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted; nothing half-written was left", 130)
+    except Exception as error:
+        import click
+
+        if isinstance(error, click.exceptions.Exit):
+            sys.exit(error.exit_code)
+        if isinstance(error, click.exceptions.Abort):
+            _fail("interrupted", 130)
+        if isinstance(error, click.ClickException):
+            error.show()
+            sys.exit(error.exit_code)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: object, code: int) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,122 @@
+"""The demo: fit INNSteer and DiffMean on a built-in behaviour, tune both, show what came of it."""
+
+import os
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from innsteer import evaluation, tuning
+from innsteer.backends.base import Progress, silent
+from innsteer.contrast import Contrast
+from innsteer.models import load_model
+from innsteer.report import Report
+from innsteer.steerer import get
+from innsteer.steering import Steering
+from innsteer.suites import behaviour as suites
+
+MODEL, BEHAVIOUR = "smollm2", "critical"
+PAIRS, HELD_OUT = 100, 24
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo leaves behind, and what it took.
+
+    Attributes:
+        folder: holds the artifact and the report. seconds: wall time per stage.
+        cpu_seconds: of this process, without loading the model. matmul_seconds: a fixed matrix
+            product, so that a busy machine shows.
+    """
+
+    folder: Path
+    artifact: Path
+    report: Report
+    seconds: dict[str, float]
+    cpu_seconds: float
+    matmul_seconds: float
+
+
+def run(folder: str | Path, *, seed: int = 0, progress: Progress = silent) -> Demo:
+    """Fit, tune, evaluate and save, at preview size.
+
+    Raises:
+        InputError: the folder exists.
+    """
+    folder = Path(folder)
+    seconds: dict[str, float] = {}
+    clock = _Clock(seconds)
+    progress("model", 0, 1)
+    model = load_model(MODEL)
+    progress("model", 1, 1)
+    clock.lap("model")
+    matmul = matmul_seconds()
+    cpu = _cpu()
+    contrast = _small(Contrast.load(BEHAVIOUR), seed)
+    sites = [tuning.default_site(model)]
+    acts = tuning.record_parts(model, contrast, sites, progress=progress)
+    clock.lap("record")
+    steerings: dict[str, Steering] = {}
+    for name in ("diffmean", "innsteer"):
+        fitted = tuning.fit_rows(model, get(name), acts, seed=seed, progress=progress)
+        clock.lap(f"fit {name}")
+        steerings[name] = tuning.tune(
+            model,
+            fitted,
+            contrast,
+            control_items=8,
+            fractions=(0.5, 1.0, 1.5),
+            preview=True,
+            seed=seed,
+            progress=progress,
+        )
+        clock.lap(f"tune {name}")
+    suite = suites.load(Contrast.load(BEHAVIOUR)).preview()
+    report = evaluation.compare(
+        model, steerings, suite, sizes=evaluation.PREVIEW, seed=seed, progress=progress
+    )
+    clock.lap("evaluate")
+    for name, steering in steerings.items():
+        steering.with_card(evaluation.card(report, name)).save(folder / name)
+    report.save(folder / "report")
+    clock.lap("save")
+    return Demo(folder, folder / "innsteer", report, seconds, _cpu() - cpu, matmul)
+
+
+def matmul_seconds(size: int = 1536, repeats: int = 5) -> float:
+    """Median seconds of a float32 matrix product of this size: a measure of how busy we are."""
+    a = torch.ones(size, size)
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        _ = a @ a
+        times.append(time.perf_counter() - started)
+    return sorted(times)[repeats // 2]
+
+
+def _small(contrast: Contrast, seed: int) -> Contrast:
+    """Fewer training and validation items: the demo must be quick."""
+    kept = [
+        contrast.part("train").subset(PAIRS, seed),
+        contrast.part("validation").subset(HELD_OUT, seed),
+    ]
+    return replace(contrast, items=tuple(item for part in kept for item in part.items))
+
+
+class _Clock:
+    """Wall seconds per stage."""
+
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self._seconds, self._last = seconds, time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self._seconds[name] = round(now - self._last, 2)
+        self._last = now
+
+
+def _cpu() -> float:
+    """CPU seconds of this process and its threads."""
+    times = os.times()
+    return times.user + times.system

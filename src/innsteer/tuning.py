@@ -1,0 +1,380 @@
+"""Record and fit in one call; then dose-response, strength within a budget, layer choice."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from innsteer.activations import Activations, Read
+from innsteer.backends.base import Completion, Kind, Progress, Prompt, Sampling, silent
+from innsteer.backends.hf import HF, Meter
+from innsteer.calibration import BUDGET, Calibration, Dose
+from innsteer.contrast import Contrast
+from innsteer.errors import BudgetError, InputError
+from innsteer.metrics import get as metric
+from innsteer.models import LanguageModel
+from innsteer.site import Site, Where
+from innsteer.steerer import Steerer, get
+from innsteer.steering import Steering
+from innsteer.suites.behaviour import neutral
+
+STAGES = 8
+FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.5)
+
+
+def default_site(model: LanguageModel) -> Site:
+    """Two thirds up: late enough to hold what is being said, early enough to be acted on.
+
+    On the embedded model that is block 19 of 30, where open-ended traits moved most per nat.
+    """
+    return Site(max(2 * len(model.layout.blocks) // 3 - 1, 0))
+
+
+def record(
+    model: LanguageModel,
+    contrast: Contrast,
+    sites: Sequence[Site] = (),
+    *,
+    read: Read | None = None,
+    progress: Progress = silent,
+) -> Activations:
+    """Activations of a contrast's two sides.
+
+    Args:
+        sites: where; default: one site two thirds up.
+        read: which answer tokens become rows; default: their ``mean`` for open answers, ``last``
+            for choices.
+    """
+    chosen = read or ("last" if contrast.kind == "choice" else "mean")
+    where = sites or (default_site(model),)
+    return HF(model).record(contrast, where, read=chosen, progress=progress)
+
+
+def fit(
+    model: LanguageModel,
+    contrast: Contrast,
+    method: str | Steerer = "innsteer",
+    *,
+    sites: Sequence[Site] = (),
+    read: Read | None = None,
+    where: Where = Where(),  # noqa: B008
+    seed: int = 0,
+    progress: Progress = silent,
+    **fields: Any,
+) -> Steering:
+    """Record and fit in one call.
+
+    Args:
+        contrast: its training part is fitted; a validation part serves early stopping.
+        method: a name from ``innsteer.names()``, or a steerer.
+        sites: default: one site two thirds up.
+        **fields: of the method.
+
+    Returns:
+        A Steering that is not tuned: strength 1 is the fitted map.
+
+    Raises:
+        UnknownName: no such method or field.
+    """
+    steerer = get(method, **fields) if isinstance(method, str) else method
+    acts = record_parts(model, contrast, sites, read=read, progress=progress)
+    return fit_rows(model, steerer, acts, where=where, seed=seed, progress=progress)
+
+
+def fit_rows(
+    model: LanguageModel,
+    steerer: Steerer,
+    acts: Activations,
+    *,
+    where: Where = Where(),  # noqa: B008
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Steering:
+    """Fit on recorded rows, with provenance and the method's own diagnostics."""
+    progress("fit", 0, 1)
+    started = time.perf_counter()
+    fitted = steerer.fit(acts, seed=seed)
+    seconds = time.perf_counter() - started
+    progress("fit", 1, 1)
+    provenance = {
+        "recording": acts.hash,
+        "contrast": acts.provenance.get("contrast"),
+        "read": acts.read,
+        "seed": seed,
+        "rows": len(acts),
+        "fit_seconds": round(seconds, 3),
+        "torch": torch.__version__,
+        "diagnostics": steerer.diagnose(acts, fitted),
+    }
+    return Steering(
+        steerer, fitted, acts.behaviours, where, model.fingerprint, provenance=provenance
+    )
+
+
+def record_parts(
+    model: LanguageModel,
+    contrast: Contrast,
+    sites: Sequence[Site] = (),
+    *,
+    read: Read | None = None,
+    progress: Progress = silent,
+) -> Activations:
+    """Rows of the training part and, for early stopping, of the validation part; never of test."""
+    kept = [item for item in contrast.items if item.split in ("train", "validation")]
+    if not any(item.split == "train" for item in kept):
+        raise InputError(
+            f"contrast {contrast.behaviour!r} has no training items", expected="at least two"
+        )
+    part = replace(contrast, items=tuple(kept))
+    return record(model, part, sites, read=read, progress=progress)
+
+
+# --- control and cost ----------------------------------------------------------------------------
+
+
+def control_meter(backend: HF, items: Contrast, sites: Sequence[Site]) -> Meter:
+    """Both answers of every item, to be scored under edits."""
+    prompts = [
+        Prompt(item.id, item.prompt, (item.target, item.source))
+        for item in items.items
+        if item.source is not None and item.target is not None
+    ]
+    if not prompts:
+        raise InputError(
+            f"contrast {items.behaviour!r} has no item with both sides",
+            expected="pairs, to measure control on",
+        )
+    return backend.meter(backend.forced(prompts), sites, divergence=False)
+
+
+def control(scored: Sequence[Completion], items: Contrast) -> list[Completion]:
+    """Completions of kind ``choice`` or ``pair`` from the scored answers, target before source."""
+    keys = {item.id: item.key or "" for item in items.items}
+    found = []
+    for target, source in zip(scored[::2], scored[1::2], strict=True):
+        if items.kind == "choice":
+            values = {
+                "match": (math.exp(sum(target.values["log_prob"])),),
+                "other": (math.exp(sum(source.values["log_prob"])),),
+            }
+        else:
+            gain = [
+                sum(side.values["log_prob"]) - sum(side.values["base_log_prob"])
+                for side in (target, source)
+            ]
+            values = {"shift": (gain[0] - gain[1],)}
+        kind: Kind = "choice" if items.kind == "choice" else "pair"
+        found.append(replace(target, kind=kind, values=values, key=keys[target.item]))
+    return found
+
+
+def control_metric(items: Contrast) -> str:
+    """Which metric reads ``control``'s completions."""
+    return "alignment" if items.kind == "choice" else "preference"
+
+
+# --- tune ----------------------------------------------------------------------------------------
+
+
+def tune(
+    model: LanguageModel,
+    steering: Steering,
+    contrast: Contrast,
+    *,
+    budget: float = BUDGET,
+    search_tokens: int = 300,
+    check_tokens: int = 2000,
+    control_items: int = 48,
+    fractions: Sequence[float] = FRACTIONS,
+    both_ways: bool = False,
+    preview: bool = False,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Steering:
+    """Find the strength that spends a cost budget, and the dose-response curve around it.
+
+    The neutral cost grows with the square of a small strength, so the search scales by the root of
+    budget over cost until it lies within 3 % under the budget. The last check asks that the upper
+    end of the cost's 90 % interval, on at least ``check_tokens`` response tokens of at least 100
+    other neutral prompts of the validation part, stays within the budget; else strength shrinks.
+
+    Args:
+        contrast: control is measured on its validation part.
+        budget: nats per token. fractions: of the found strength, for the curve.
+        both_ways: measure negative strengths too.
+        preview: leave the last check out, and say so in the artifact.
+
+    Raises:
+        BudgetError: no strength in 1e-4 .. 1e4 spends the budget, or the check cannot be met.
+    """
+    backend = HF(model)
+    sites = list(steering.interventions)
+    behaviour = steering.behaviours[0]
+    prompts = neutral("validation")
+    if preview:
+        prompts = prompts[: max(search_tokens // 16, 8)]
+    sampling = Sampling(24, 1.0, seed)
+    whole = backend.reference(prompts, sampling, progress=progress)
+    search = backend.meter(whole.part(search_tokens), sites)
+    strength, spent = _search(search, steering, budget, progress)
+    tokens = search.reference.tokens
+    if not preview:
+        check = backend.meter(whole, sites)
+        strength = _check(check, steering, strength, budget, check_tokens, progress)
+        tokens = check.reference.tokens
+    held = contrast.part("validation")
+    held = held.subset(min(len(held), control_items), seed)
+    scored = control_meter(backend, held, sites)
+    signs = (1.0, -1.0) if both_ways else (1.0,)
+    grid = [0.0, *(sign * fraction * strength for sign in signs for fraction in fractions)]
+    doses = []
+    for n, value in enumerate(grid):
+        progress("dose-response", n, len(grid))
+        doses.append(_dose(search, scored, steering, held, value))
+    progress("dose-response", len(grid), len(grid))
+    ordered = tuple(sorted(doses, key=lambda dose: dose.strength))
+    curve = Calibration(ordered, budget, strength, tokens, preview)
+    return steering.tuned({behaviour: curve}, tuned_control=control_metric(held))
+
+
+def _cost(meter: Meter, steering: Steering, strength: float) -> float:
+    score = metric("neutral_cost")
+    values = [c for c in meter([steering.edit(strength)])]
+    measured = [score.measure(c) for c in values]
+    total = sum(m.value * m.weight for m in measured if m)
+    return total / sum(m.weight for m in measured if m)
+
+
+def _search(
+    meter: Meter, steering: Steering, budget: float, progress: Progress
+) -> tuple[float, float]:
+    """The strength whose neutral cost is within 3 % under the budget, by secant with a bracket."""
+    low, high = 0.0, math.inf
+    strength, best = 1.0, (0.0, 0.0)
+    for step in range(20):
+        progress("search", min(step, STAGES), STAGES)
+        cost = _cost(meter, steering, strength)
+        if cost <= budget:
+            low = strength
+            best = max(best, (strength, cost))
+        else:
+            high = min(high, strength)
+        if 0.97 * budget <= cost <= budget:
+            break
+        guess = strength * math.sqrt(0.985 * budget / cost) if cost > 0 else strength * 10
+        guess = min(max(guess, strength / 10), strength * 10)
+        if not low < guess < high:
+            guess = (low + high) / 2 if math.isfinite(high) else low * 2
+        if not 1e-4 < guess < 1e4:
+            break
+        strength = guess
+    progress("search", STAGES, STAGES)
+    if best[0] == 0.0:
+        raise BudgetError(
+            f"no strength of this steering costs between 0 and {budget} nats per token",
+            expected="a cost that grows from 0 with strength",
+            remedy="look at its displacement (innsteer inspect), or fit it again",
+        )
+    return best
+
+
+def _check(
+    meter: Meter,
+    steering: Steering,
+    strength: float,
+    budget: float,
+    tokens: int,
+    progress: Progress,
+) -> float:
+    """Shrink until the upper end of the cost's 90 % interval is within the budget."""
+    reference = meter.reference
+    if reference.tokens < tokens or len(reference.ids) < 100:
+        raise BudgetError(
+            f"a check on {reference.tokens} tokens of {len(reference.ids)} prompts",
+            expected=f"at least {tokens} tokens of 100 prompts",
+        )
+    for step in range(8):
+        progress("check", step, 8)
+        score = metric("neutral_cost").score(meter([steering.edit(strength)]), level=0.9)
+        assert score is not None
+        if score.high <= budget:
+            progress("check", 8, 8)
+            return strength
+        strength *= math.sqrt(0.97 * budget / score.high)
+    raise BudgetError(
+        f"the neutral cost stays above {budget} nats at every strength tried",
+        remedy="fit with more data, or raise the budget",
+    )
+
+
+def _dose(
+    search: Meter, scored: Meter, steering: Steering, items: Contrast, strength: float
+) -> Dose:
+    """One point of the dose-response curve."""
+    moved: list[float] = []
+    edits = [steering.edit(strength)]
+    cost = metric("neutral_cost").score(search(edits, displacement=moved), level=0.9)
+    gain = metric(control_metric(items)).score(control(scored(edits), items))
+    assert cost is not None and gain is not None
+    displacement = float(np.mean(moved)) if moved else 0.0
+    return Dose(
+        strength, cost.value, cost.low, cost.high, displacement, gain.value, gain.low, gain.high
+    )
+
+
+def choose_layer(
+    model: LanguageModel,
+    contrast: Contrast,
+    method: str | Steerer,
+    sites: Sequence[Site],
+    *,
+    budget: float = BUDGET,
+    read: Read | None = None,
+    where: Where = Where(),  # noqa: B008
+    seed: int = 0,
+    progress: Progress = silent,
+    **fields: Any,
+) -> Steering:
+    """Fit at each site, spend the same budget, and keep the site with the most control.
+
+    All by the search's tokens and the validation items; the table stands in the provenance.
+    """
+    if not sites:
+        raise InputError("no site to choose from", expected="at least one")
+    steerer = get(method, **fields) if isinstance(method, str) else method
+    sites = sorted(set(sites))
+    rows = record_parts(model, contrast, sites, read=read, progress=progress)
+    tried: list[tuple[float, Steering]] = []
+    for site in sites:
+        fitted = fit_rows(model, steerer, rows.at(site), where=where, seed=seed, progress=progress)
+        tuned = tune(
+            model,
+            fitted,
+            contrast,
+            budget=budget,
+            fractions=(1.0,),
+            preview=True,
+            seed=seed,
+            progress=progress,
+        )
+        reached = tuned.calibration[tuned.behaviours[0]].at_budget.control
+        tried.append((reached if reached is not None else 0.0, fitted))
+    best = max(range(len(tried)), key=lambda n: tried[n][0])
+    table = {str(site): value for site, (value, _) in zip(sites, tried, strict=True)}
+    chosen = tried[best][1]
+    return replace(chosen, provenance={**chosen.provenance, "layers": table})
+
+
+def doses_of(steering: Steering) -> Mapping[str, Calibration]:
+    """The calibration of a tuned steering.
+
+    Raises:
+        InputError: it was not tuned.
+    """
+    if not steering.calibration:
+        raise InputError("this steering was not tuned", remedy="run innsteer tune on it first")
+    return steering.calibration

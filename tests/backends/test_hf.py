@@ -1,0 +1,388 @@
+"""HF: what it generates, scores, records and measures, against the same done by hand."""
+
+import pytest
+import torch
+
+import tiny
+from edits import bits, edit, hooks_of, seen, shift
+from innsteer.activations import READS, Activations
+from innsteer.backends.base import Prompt, Sampling
+from innsteer.backends.hf import HF
+from innsteer.contrast import Contrast
+from innsteer.errors import InputError, NothingSteeredError
+from innsteer.hooks import Attachment
+from innsteer.interventions import Edit
+from innsteer.site import STREAMS, Site, Where
+
+CHAT = (
+    {"role": "user", "content": "One?"},
+    {"role": "assistant", "content": "Yes."},
+    {"role": "user", "content": "Two?"},
+)
+PROMPTS = [
+    Prompt("a", "Is it so?", ("Yes", "No")),
+    Prompt("b", "What?", (" of course", "")),
+    Prompt("c", "A longer question than the others are?", ("Sure.",)),
+    Prompt("d", CHAT, ("Well", "No")),
+    Prompt("e", "Hm", ("x",)),
+]
+STRENGTHS = [0.0, 1.0, -1.0, 2.0, 0.5]
+SITES = [Site(0), Site(1, "mlp"), Site(1, "heads"), Site(2)]
+
+
+@pytest.fixture(scope="module", params=tiny.KINDS)
+def model(request):
+    return tiny.tiny_language_model(request.param)
+
+
+@pytest.fixture(scope="module")
+def contrast():
+    rows = [
+        {"prompt": f"What is {w}?", "source": f"{w} mate.", "target": f"Sir, {w} it is."}
+        for w in ("tea", "rain", "a very long thing to ask", "iron", "wool")
+    ]
+    return Contrast.load(rows, behaviour="formal")
+
+
+def close(got, want):
+    return all(
+        torch.allclose(torch.tensor(a), torch.tensor(b), atol=1e-4)
+        for row, other in zip(got, want, strict=True)
+        for a, b in zip(row, other, strict=True)
+    )
+
+
+def reorder(steering, index):
+    return Edit(steering.interventions, steering.coef[index], steering.where)
+
+
+# --- generate ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["generated", "assistant", "all", "range:5:9"])
+def test_greedy_answers_do_not_depend_on_order_or_batch(model, where):
+    steering = edit(model, STRENGTHS, where)
+    how = Sampling(new_tokens=6)
+    want = HF(model, batch=16).generate(PROMPTS, [steering], how)
+    assert [one.item for one in want] == ["a", "b", "c", "d", "e"]
+    index = [3, 0, 4, 2, 1]
+    for batch in (1, 2, 5):
+        got = HF(model, batch=batch).generate(
+            [PROMPTS[i] for i in index], [reorder(steering, index)], how
+        )
+        assert got == [want[i] for i in index]
+
+
+def test_a_generated_answer_is_what_generate_gives_under_the_attachment(model):
+    row = model.encode(CHAT)
+    steering = edit(model, 1.0, "assistant")
+    with Attachment(model, [steering], turns=[row.turns]) as attached:
+        out = model.model.generate(
+            torch.tensor([row.ids]), max_new_tokens=6, do_sample=False, top_k=None
+        )
+    (got,) = HF(model).generate([PROMPTS[3]], [steering], Sampling(new_tokens=6))
+    assert got.text == model.decode(out[0, len(row.ids) :].tolist()).strip()
+    assert got.steered == len(attached.trace.steered[0])
+    past, opened = row.turns
+    assert past[1] < opened[0] and got.steered == past[1] - past[0] + got.tokens
+
+
+def test_an_answer_that_ends_early_counts_its_own_tokens_alone(model):
+    steering = edit(model, STRENGTHS)
+    free = HF(model).generate(PROMPTS, [steering], Sampling(new_tokens=12))
+    assert all(one.tokens == one.steered for one in free if one.item != "a")
+    # Make the second token of one answer end the turn.
+    row = model.encode(PROMPTS[2].conversation)
+    with Attachment(model, [reorder(steering, [2])], prompt_lengths=[row.prompt]):
+        out = model.model.generate(torch.tensor([row.ids]), max_new_tokens=4, do_sample=False)
+    stop = int(out[0, len(row.ids) + 1])
+    short = tiny.tiny_language_model(kind(model), seed=0)
+    short.model.generation_config.eos_token_id = [tiny.EOS, stop]
+    ended = HF(short).generate(PROMPTS, [steering], Sampling(new_tokens=12))
+    assert ended[2].tokens <= 2 and ended[2].steered == ended[2].tokens
+    assert [one.steered for one in ended[1:]] == [one.tokens for one in ended[1:]]
+    assert ended[0].steered == 0
+
+
+def kind(model):
+    return model.name.removeprefix("tiny-")
+
+
+def test_samples_repeat_with_their_seed_and_leave_the_global_generator_alone(model):
+    hf, warm = HF(model), Sampling(new_tokens=6, temperature=1.0, seed=3)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    one = hf.generate(PROMPTS, (), warm)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(99)
+    assert hf.generate(PROMPTS, (), warm) == one
+    other = hf.generate(PROMPTS, (), Sampling(new_tokens=6, temperature=1.0, seed=4))
+    assert [c.text for c in other] != [c.text for c in one]
+    # At strength 0 the draws are the unsteered ones.
+    zero = hf.generate(PROMPTS, [edit(model, 0.0)], warm)
+    assert [c.text for c in zero] == [c.text for c in one]
+
+
+def test_decoding_is_neutral_whatever_the_models_own_config_says(model):
+    plain = HF(model).generate(PROMPTS, (), Sampling(new_tokens=8))
+    strange = tiny.tiny_language_model(kind(model))
+    config = strange.model.generation_config
+    config.repetition_penalty, config.no_repeat_ngram_size = 5.0, 1
+    config.num_beams, config.num_return_sequences = 2, 2
+    assert HF(strange).generate(PROMPTS, (), Sampling(new_tokens=8)) == plain
+
+
+# --- score ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["generated", "assistant", "prompt", "all"])
+def test_scores_are_the_log_softmax_by_hand(model, where):
+    steering = edit(model, STRENGTHS, where)
+    got = HF(model).score(PROMPTS, [steering])
+    for n, prompt in enumerate(PROMPTS):
+        for answer, values in zip(prompt.answers, got[n], strict=True):
+            row = model.encode(prompt.conversation, answer=answer)
+            with (
+                torch.no_grad(),
+                Attachment(
+                    model,
+                    [reorder(steering, [n])],
+                    prompt_lengths=[row.prompt],
+                    turns=[row.turns],
+                ),
+            ):
+                logits = model.model(torch.tensor([row.ids])).logits[0]
+            log_probs = logits.log_softmax(-1)
+            want = [float(log_probs[t - 1, row.ids[t]]) for t in range(row.prompt, len(row.ids))]
+            assert values == pytest.approx(want, abs=1e-4)
+
+
+def test_scores_do_not_depend_on_order_or_batch(model):
+    steering = edit(model, STRENGTHS, "assistant")
+    want = HF(model).score(PROMPTS, [steering])
+    index = [4, 2, 0, 3, 1]
+    for budget in (1, 90):
+        got = HF(model, batch_tokens=budget).score(
+            [PROMPTS[i] for i in index], [reorder(steering, index)]
+        )
+        assert close(got, [want[i] for i in index])
+
+
+def test_text_is_scored_token_by_token_with_its_own_strength(model):
+    texts = ["A text to read.", "x", "", "Another one, longer than that."]
+    steering = edit(model, [0.0, 1.0, 1.0, -1.0], "range:3:5")
+    for budget in (1, 2048):
+        got = HF(model, batch_tokens=budget).score_text(texts, [steering])
+        for n, text in enumerate(texts):
+            ids = model.tokenizer(text)["input_ids"]
+            if len(ids) < 2:
+                assert got[n] == 0.0
+                continue
+            one = Edit(steering.interventions, steering.coef[n], Where("all"))
+            with torch.no_grad(), Attachment(model, [one]):
+                log_probs = model.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+            want = sum(float(log_probs[t - 1, ids[t]]) for t in range(1, len(ids)))
+            assert got[n] == pytest.approx(want, abs=1e-3)
+
+
+def test_a_scope_may_miss_some_batches_but_not_all(model):
+    long = edit(model, 1.0, "range:45:46")
+    got = HF(model, batch=1, batch_tokens=1).score(PROMPTS, [long])
+    plain = HF(model, batch_tokens=1).score(PROMPTS)
+    assert got[4] == plain[4] and got[2] != plain[2]
+    with pytest.raises(NothingSteeredError, match="range:900:901"):
+        HF(model).score(PROMPTS, [edit(model, 1.0, "range:900:901")])
+    with pytest.raises(NothingSteeredError):
+        HF(model).generate(PROMPTS, [edit(model, 1.0, "range:900:901")], Sampling(new_tokens=2))
+
+
+# --- record --------------------------------------------------------------------------------------
+
+
+def read_by_hand(encoded, read, span):
+    first, end = encoded.prompt, len(encoded.ids)
+    tokens = {
+        "last": [[end - 1]],
+        "mean": [list(range(first, end))],
+        "all": [[t] for t in range(first, end)],
+        "span": [[t] for t in range(first + span[0], min(first + span[1], end))],
+    }
+    return tokens[read]
+
+
+@pytest.mark.parametrize("read", READS)
+def test_recorded_rows_are_the_hidden_states_by_hand(model, contrast, read):
+    span = (-1, 3)
+    got = HF(model, batch_tokens=150).record(contrast, SITES, read=read, span=span)
+    assert got.sites == tuple(sorted(SITES)) and got.read == read
+    records, n = got.rows.records(), 0
+    found = {(r["item"], r["side"], r["token"]): i for i, r in enumerate(records)}
+    for item in contrast.items:
+        for side in ("source", "target"):
+            encoded = model.encode(item.prompt, answer=getattr(item, side))
+            for site in SITES:
+                with torch.no_grad(), seen(model, site) as held:
+                    model.model(torch.tensor([encoded.ids]))
+                for tokens in read_by_hand(encoded, read, span):
+                    row = got.values[site][found[item.id, side, tokens[-1]]]
+                    assert torch.allclose(row, held[0][0, tokens].mean(0), atol=1e-4)
+                    n += 1
+    assert n == len(got) * len(SITES) and (got.rows.token > 0).all()
+
+
+@pytest.mark.parametrize("read", READS)
+def test_rows_do_not_depend_on_the_side_of_padding(model, contrast, read):
+    left, right = (
+        HF(model).record(contrast, SITES, read=read, span=(0, 2), padding_side=side)
+        for side in ("left", "right")
+    )
+    assert left.rows.records() == right.rows.records()
+    for site in SITES:
+        assert torch.allclose(left.values[site], right.values[site], atol=1e-4)
+
+
+def test_every_stream_is_recorded_in_one_pass_per_batch(model, contrast):
+    sites, calls = [Site(1, stream) for stream in STREAMS], []
+    block = model.layout.blocks[0].module
+    with block.register_forward_hook(lambda *_: calls.append(1)):
+        got = HF(model).record(contrast, sites)
+    assert len(calls) == 1
+    assert got.widths == {site: model.layout.width_of(site) for site in sites}
+
+
+@pytest.mark.parametrize("stream", ["residual", "attention"])
+def test_recording_stops_at_the_deepest_block(model, contrast, stream):
+    count, calls = hooks_of(model.model), []
+    above = [block.module for block in model.layout.blocks[2:]]
+    handles = [
+        part.register_forward_hook(lambda *_: calls.append(1))
+        for part in (*above, model.model.get_output_embeddings())
+    ]
+    HF(model).record(contrast, [Site(1, stream), Site(0)])
+    for handle in handles:
+        handle.remove()
+    assert calls == [] and hooks_of(model.model) == count
+
+
+def test_position_0_is_never_read():
+    model = tiny.tiny_language_model("llama")
+    model.tokenizer.chat_template = None
+    pairs = [{"prompt": "a", "source": "b", "target": "cd"}, {"prompt": "e", "source": "f", "target": "gh"}]  # fmt: skip # noqa: E501
+    contrast = Contrast.load(pairs, behaviour="x")
+    got = HF(model).record(contrast, [Site(1)], read="span", span=(-1, None))
+    assert (got.rows.token > 0).all() and len(got) == 6
+    with pytest.raises(InputError, match="no token to read"):
+        HF(model).record(contrast, [Site(1)], read="span", span=(-1, 0))
+
+
+def test_shards_on_disk_hold_the_same_rows(model, contrast, tmp_path):
+    hf = HF(model, batch_tokens=150)
+    got = hf.record(contrast, SITES, read="all", folder=tmp_path / "rows")
+    assert len(list((tmp_path / "rows").glob("*.safetensors"))) > 1
+    back = Activations.load(tmp_path / "rows")
+    assert back.hash == got.hash and back.provenance == got.provenance
+    assert back.rows.records() == got.rows.records()
+    with pytest.raises(InputError, match="exists"):
+        hf.record(contrast, SITES, folder=tmp_path / "rows")
+
+
+def test_an_interrupted_recording_leaves_no_folder_and_no_hook(model, contrast, tmp_path):
+    count = hooks_of(model.model)
+
+    def interrupt(stage, done, total):
+        if done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        HF(model, batch_tokens=1).record(
+            contrast, SITES, folder=tmp_path / "rows", progress=interrupt
+        )
+    assert list(tmp_path.iterdir()) == [] and hooks_of(model.model) == count
+
+
+# --- cost ----------------------------------------------------------------------------------------
+
+
+def test_a_reference_holds_prompt_and_answer(model):
+    got = HF(model).reference(PROMPTS, Sampling(new_tokens=5, temperature=1.0))
+    for prompt, ids, length in zip(PROMPTS, got.ids, got.lengths, strict=True):
+        assert ids[:length] == model.encode(prompt.conversation).ids
+        assert 1 <= len(ids) - length <= 5
+    assert got.tokens == sum(len(ids) for ids in got.ids) - sum(got.lengths)
+    part = got.part(6)
+    assert part.tokens >= 6 and part.ids == got.ids[: len(part.ids)]
+    bare = HF(model).reference(PROMPTS, None)
+    assert bare.tokens == len(PROMPTS) and bare.part(2).tokens == 2
+
+
+@pytest.mark.parametrize("sampling", [Sampling(new_tokens=5, temperature=1.0), None])
+def test_cost_is_the_divergence_by_hand(model, sampling):
+    hf = HF(model, batch_tokens=120)
+    reference = hf.reference(PROMPTS, sampling)
+    steering = edit(model, [0.0, 0.3, -0.3, 0.5, 0.1])
+    got = hf.meter(reference)([steering])
+    assert [one.item for one in got] == ["a", "b", "c", "d", "e"]
+    for n, one in enumerate(got):
+        ids, length = torch.tensor([reference.ids[n]]), reference.lengths[n]
+        with torch.no_grad():
+            base = model.model(ids).logits[0].log_softmax(-1)
+            with Attachment(model, [reorder(steering, [n])], prompt_lengths=[length]):
+                steered = model.model(ids).logits[0].log_softmax(-1)
+        kl = (base.exp() * (base - steered)).sum(-1)
+        want = kl[length - 1 :] if sampling is None else kl[length - 1 : -1]
+        assert one.values["kl"] == pytest.approx(want.tolist(), abs=1e-4)
+        assert one.tokens == len(want)
+    assert set(got[0].values["kl"]) == {0.0} and got[0].steered == 0
+
+
+@pytest.mark.parametrize("stream", STREAMS)
+def test_replaying_the_lower_blocks_changes_no_figure(model, stream):
+    hf, site = HF(model, batch_tokens=120), Site(1, stream)
+    reference = hf.reference(PROMPTS, Sampling(new_tokens=5, temperature=1.0))
+    steering = edit(model, [0.0, 0.5, -0.5, 1.0, 0.1], "generated", site)
+    count = hooks_of(model.model)
+    whole, replayed = hf.meter(reference), hf.meter(reference, [site])
+    ran = []
+    with model.layout.blocks[0].mlp.register_forward_hook(lambda *_: ran.append(1)):
+        got = replayed([steering])
+    assert ran == []
+    for one, other in zip(whole([steering]), got, strict=True):
+        assert one.values["kl"] == pytest.approx(other.values["kl"], abs=1e-5)
+        assert one.steered == other.steered
+    for meter in (whole, replayed):
+        for one in meter([edit(model, 0.0, "generated", site)]):
+            assert set(one.values["kl"]) == {0.0}
+    assert hooks_of(model.model) == count
+    assert not any("forward" in vars(block.module) for block in model.layout.blocks)
+
+
+def test_an_edit_below_the_cut_is_not_replayed_away(model):
+    hf = HF(model)
+    reference = hf.reference(PROMPTS, None)
+    steering = edit(model, 1.0, "generated", Site(0))
+    want, got = hf.meter(reference)([steering]), hf.meter(reference, [Site(2)])([steering])
+    for one, other in zip(want, got, strict=True):
+        assert one.values["kl"] == pytest.approx(other.values["kl"], abs=1e-5)
+        assert one.values["kl"][0] > 0
+
+
+def test_a_replaced_forward_comes_back_after_a_failed_measurement(model):
+    hf, block = HF(model), model.layout.blocks[0].module
+    own = block.forward
+    block.forward = own
+    try:
+        meter = hf.meter(hf.reference(PROMPTS, None), [Site(1)])
+        broken = Edit(shift(model), torch.ones(5, 2))
+        with pytest.raises(RuntimeError):
+            meter([broken])
+        meter([edit(model)])
+        assert vars(block)["forward"] is own
+    finally:
+        del block.forward
+    assert "forward" not in vars(model.layout.blocks[1].module)
+
+
+def test_the_models_bits_are_the_same_after_all_of_this(model):
+    fresh = tiny.tiny_language_model(kind(model))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(bits(model.model(ids).logits), bits(fresh.model(ids).logits))

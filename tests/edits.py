@@ -1,0 +1,73 @@
+"""Edits for tests: shifts at any site, and a hook that sees what a site holds."""
+
+from contextlib import contextmanager
+
+import torch
+
+import tiny
+from innsteer.interventions import Edit, Shift
+from innsteer.models import LanguageModel
+from innsteer.site import Site, Where
+from innsteer.steerer import Interventions
+
+
+def shift(model: LanguageModel, *sites: Site, k: int = 1, seed: int = 0) -> Interventions:
+    """A random shift at each site, about as long as an activation."""
+    draw = torch.Generator().manual_seed(seed)
+    parts = {}
+    for site in sites or (Site(1),):
+        parts[site] = Shift(model.layout.width_of(site), k)
+        parts[site].shifts.copy_(2 * torch.randn(parts[site].shifts.shape, generator=draw))
+    return Interventions(parts)
+
+
+def edit(model, coef=1.0, where="generated", *sites, seed=0):
+    """An Edit of random shifts; coef is a number, or one number per sequence."""
+    rows = (
+        torch.tensor([float(coef)]) if not isinstance(coef, list) else torch.tensor(coef)[:, None]
+    )
+    return Edit(shift(model, *sites, seed=seed), rows.float(), Where.parse(where))
+
+
+@contextmanager
+def seen(model: LanguageModel, site: Site):
+    """A list of what a site holds in each pass; enter it after the steering to see its effect."""
+    module, port = model.layout.at(site)
+    held = []
+
+    def before(_, args):
+        held.append(args[0].clone())
+
+    def after(_, args, output):
+        held.append((output[0] if isinstance(output, tuple) else output).clone())
+
+    register = module.register_forward_pre_hook if port == "input" else module.register_forward_hook
+    with register(before if port == "input" else after):
+        yield held
+
+
+def padded(rows, side="left"):
+    """Ids and mask of rows of ids."""
+    longest = max(map(len, rows))
+    ids = torch.full((len(rows), longest), tiny.PAD)
+    mask = torch.zeros(len(rows), longest, dtype=torch.long)
+    for n, row in enumerate(rows):
+        place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+        ids[n, place], mask[n, place] = torch.tensor(row), 1
+    return ids, mask
+
+
+def positions(mask):
+    """Absolute positions of a padded batch."""
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def bits(tensor):
+    """The integers behind floats."""
+    return tensor.view(torch.int16 if tensor.element_size() == 2 else torch.int32)
+
+
+def hooks_of(model):
+    """Number of hooks on all modules."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
+    return sum(len(getattr(part, name)) for part in model.modules() for name in names)

@@ -1,0 +1,521 @@
+"""The laws of the contract, for every method on the shelf, and for each law a copy that breaks it.
+
+Laws are functions that take an intervention, a steerer, a steering or a flow and assert. A method
+is tested by standing on the shelf: nothing here names one.
+"""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import innsteer
+from innsteer import shelf, steerer
+from innsteer.activations import Activations, Rows
+from innsteer.errors import InputError
+from innsteer.flows import Flow, coupling_stack
+from innsteer.interventions import Shift
+from innsteer.site import Site
+from innsteer.steerer import Intervention, Interventions, Steerer
+from innsteer.steering import Steering
+
+WIDTHS = {Site(1): 7, Site(3, "mlp"): 8}  # odd and even, two sites
+COUNT = 24
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float64: torch.int64}
+METHODS = {method["name"]: method for method in shelf.describe()}
+
+every_method = pytest.mark.parametrize("name", METHODS)
+both_counts = pytest.mark.parametrize("k", [1, 2])
+both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+
+
+# --- material ------------------------------------------------------------------------------------
+
+
+def recording(k: int = 1, *, seed: int = 0, split: str = "train") -> Activations:
+    """Pairs of each behaviour at every site; dimensions differ in spread as a residual's do."""
+    draw = torch.Generator().manual_seed(seed)
+    sides, values = ("source", "target"), {site: [] for site in WIDTHS}
+    for behaviour in range(k):
+        for side in range(2):
+            for site, width in WIDTHS.items():
+                spread = torch.linspace(0.5, 4, width)
+                gap = spread * torch.cos(torch.arange(width) + 1.0 + behaviour) * 1.5
+                rows = torch.randn(COUNT, width, generator=draw) * spread
+                values[site].append(rows + side * gap + 3)
+    records = [
+        {"behaviour": f"b{b}", "item": f"{b}-{i}", "side": side, "pair": f"{b}-{i}", "split": split}
+        for b in range(k)
+        for side in sides
+        for i in range(COUNT)
+    ]
+    joined = {site: torch.cat(parts) for site, parts in values.items()}
+    return Activations(joined, Rows.of(records), tuple(f"b{b}" for b in range(k)))
+
+
+def brief(name: str) -> Steerer:
+    """The method with its defaults, but for a short training where it has one."""
+    return steerer.get(name, **({"epochs": 40} if "epochs" in METHODS[name]["fields"] else {}))
+
+
+@cache
+def fitted(name: str, k: int) -> Steering:
+    """The method fitted on the recording of k behaviours."""
+    acts = recording(k)
+    return Steering(brief(name), brief(name).fit(acts), acts.behaviours)
+
+
+def parts(name: str, k: int) -> Iterator[Intervention]:
+    """The fitted intervention of every site."""
+    return (part for _, part in fitted(name, k).interventions.items())
+
+
+def width_of(part: Intervention) -> int:
+    """The width of a part, read off any of its shifts."""
+    return part.shifts.shape[-1]
+
+
+def rows(width: int, *, count: int = 9, seed: int = 5) -> Tensor:
+    """Rows near the recorded ones."""
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed)) * 2 + 3
+
+
+def strengths(k: int, count: int = 9, *, seed: int = 6) -> Tensor:
+    """Coefficients, none of them 0."""
+    return torch.rand(count, k, generator=torch.Generator().manual_seed(seed)) + 0.25
+
+
+def bits(rows: Tensor) -> Tensor:
+    """The integers behind the floats: NaN payloads and the sign of 0 count."""
+    return rows.contiguous().view(INTEGERS[rows.dtype])
+
+
+def non_finite(dtype: torch.dtype, width: int) -> Tensor:
+    """Rows with one bad entry each: infinities, NaNs with payloads, a signalling one too."""
+    patterns = {
+        torch.float32: [0x7F800000, -0x800000, 0x7FC12345, -0x3EDCBB, 0x7F812345],
+        torch.bfloat16: [0x7F80, -0x80, 0x7FC5, -0x3B, 0x7F91],
+    }[dtype]
+    bad = rows(width, count=len(patterns)).to(dtype)
+    integers = bad.view(INTEGERS[dtype])
+    for row, pattern in enumerate(patterns):
+        integers[row, row % width] = pattern
+    assert not torch.isfinite(bad).all(-1).any()
+    return bad
+
+
+# --- the laws ------------------------------------------------------------------------------------
+
+
+def law_untouched_rows_come_back_bit_for_bit(part: Intervention, k: int, dtype: torch.dtype):
+    """Law 1, each kind of row standing between rows that are steered."""
+    d = width_of(part)
+    still, bad, moved = rows(d).to(dtype), non_finite(dtype, d), rows(d, seed=7).to(dtype)
+    still[0, 0], still[1] = -0.0, 0.0
+    h = torch.cat([still, bad, moved])
+    coef = torch.cat([torch.zeros(len(still), k), strengths(k, len(bad)), strengths(k, len(moved))])
+    coef[1, 0] = -0.0
+    out = part(h, coef)
+    n = len(still) + len(bad)
+    assert torch.equal(bits(out[:n]), bits(h[:n])), "an untouched row has changed"
+    assert (out[n:] != moved).any(-1).all(), "a steered row has not changed"
+    assert torch.isfinite(out[n:]).all(), "a bad row has spread"
+
+
+def law_form_is_kept_and_nothing_happens_in_place(part: Intervention, k: int, dtype: torch.dtype):
+    """Law 2, for no rows, one row, many, and rows that are a strided view."""
+    d = width_of(part)
+    views = [rows(d, count=n).to(dtype) for n in (0, 1, 9)] + [rows(d).to(dtype).mT.clone().mT]
+    for h in views:
+        coef = strengths(k, len(h))
+        state = [t.clone() for t in part.state_dict().values()]
+        h_before, coef_before = h.clone(), coef.clone()
+        out = part(h, coef)
+        assert out.shape == h.shape and out.dtype == h.dtype and out.device == h.device
+        assert torch.equal(bits(h), bits(h_before)) and torch.equal(coef, coef_before), "in place"
+        after = part.state_dict().values()
+        assert all(map(torch.equal, state, after)), "the map itself changed"
+
+
+def law_neighbours_do_not_matter(part: Intervention, k: int):
+    """Law 3: alone, in another order, and beside a bad row, a row gets the same edit."""
+    d = width_of(part)
+    bounds = {torch.float64: lambda edit: 1e-12, torch.float32: lambda edit: 1e-5 * edit.norm()}
+    for dtype, bound in bounds.items():
+        own = copy.deepcopy(part).to(dtype)
+        h, coef = rows(d).to(dtype), strengths(k).to(dtype)
+        together = own(h, coef)
+        turned = own(h.flip(0), coef.flip(0)).flip(0)
+        bad = torch.full((1, d), float("nan"), dtype=dtype)
+        beside = own(torch.cat([h, bad]), torch.cat([coef, coef[:1]]))[:-1]
+        for i in range(len(h)):
+            alone = own(h[i : i + 1], coef[i : i + 1])[0]
+            limit = bound(alone - h[i])
+            for other in (together[i], turned[i], beside[i]):
+                assert (other - alone).norm() <= limit, "a neighbour changed the edit"
+
+
+def law_it_compiles_whole_and_runs_in_inference_mode(part: Intervention, k: int):
+    """Law 4: one graph, the same numbers."""
+    d = width_of(part)
+    h, coef = rows(d), strengths(k)
+    with torch.inference_mode():
+        plain = part(h, coef)
+        torch._dynamo.reset()
+        compiled = torch.compile(part, fullgraph=True, backend="eager")(h, coef)
+    torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=1e-6)
+
+
+def law_saving_keeps_outputs_and_identity(steering: Steering, folder: Path):
+    """Law 5: what is loaded is what was saved, bit for bit."""
+    loaded = Steering.load(steering.save(folder))
+    assert loaded.identity == steering.identity, "another identity"
+    assert loaded.steerer == steering.steerer and loaded.behaviours == steering.behaviours
+    k = len(steering.behaviours)
+    assert list(loaded.interventions) == list(steering.interventions)
+    for site, part in steering.interventions.items():
+        h = rows(width_of(part))
+        again = loaded.interventions[site](h, strengths(k))
+        assert torch.equal(again, part(h, strengths(k))), "another output"
+
+
+def law_inverse_and_log_det_are_true(flow: Flow):
+    """Law 6, in float64 on rows near the fitted ones."""
+    flow, x = copy.deepcopy(flow).double(), rows(flow.width, count=4).double()
+    z, log_det = flow.forward_log_det(x)
+    torch.testing.assert_close(flow(x), z, rtol=0, atol=1e-12)
+    torch.testing.assert_close(flow.inverse(z), x, rtol=0, atol=1e-9)
+    for row in range(len(x)):
+        jacobian = torch.autograd.functional.jacobian(lambda r: flow(r[None])[0], x[row])
+        expected = torch.linalg.slogdet(jacobian).logabsdet
+        torch.testing.assert_close(log_det[row], expected, rtol=0, atol=1e-9)
+
+
+def law_fit_follows_from_rows_and_seed(method: Steerer, acts: Activations):
+    """The same rows and seed give one identity; rows and the global generator stay as they are."""
+    before, dice = acts.hash, torch.get_rng_state()
+    first = Steering(method, method.fit(acts, seed=3), acts.behaviours).identity
+    assert torch.equal(torch.get_rng_state(), dice), "the global generator was used"
+    torch.rand(1)
+    second = Steering(method, method.fit(acts, seed=3), acts.behaviours).identity
+    assert first == second, "another fit of the same rows and seed"
+    assert acts.hash == before, "the rows were changed"
+
+
+def law_test_rows_stay_unseen(method: Steerer, acts: Activations):
+    """Rows of the test part beside the training rows change nothing."""
+    other = recording(len(acts.behaviours), seed=9, split="test")
+    both = Activations(
+        {site: torch.cat([acts.values[site], other.values[site] + 5]) for site in acts.sites},
+        Rows.of(acts.rows.records() + other.rows.records()),
+        acts.behaviours,
+    )
+    identities = [
+        Steering(method, method.fit(seen), acts.behaviours).identity for seen in (acts, both)
+    ]
+    assert identities[0] == identities[1], "test rows entered the fit"
+
+
+def law_strength_points_from_source_to_target(part: Intervention, source: Tensor, target: Tensor):
+    """Strength 1 closes most of the gap of the means, a negative strength widens it."""
+    ones = torch.ones(len(source), 1)
+    gap = target.mean(0) - source.mean(0)
+
+    def left(strength: float) -> float:
+        """The share of the gap that is left, along it."""
+        return float((target.mean(0) - part(source, strength * ones).mean(0)) @ gap / (gap @ gap))
+
+    assert abs(left(1)) < 0.4, "strength 1 does not reach the target"
+    assert left(-1) > 1.2, "strength -1 does not lead away"
+
+
+# --- every method keeps them ---------------------------------------------------------------------
+
+
+@every_method
+@both_counts
+@both_dtypes
+def test_rows_without_strength_and_bad_rows_come_back_bit_for_bit(name, k, dtype):
+    for part in parts(name, k):
+        law_untouched_rows_come_back_bit_for_bit(part, k, dtype)
+
+
+@every_method
+@both_counts
+@both_dtypes
+def test_shape_dtype_and_device_are_kept_and_nothing_happens_in_place(name, k, dtype):
+    for part in parts(name, k):
+        law_form_is_kept_and_nothing_happens_in_place(part, k, dtype)
+
+
+@every_method
+@both_counts
+def test_a_row_does_not_depend_on_its_neighbours(name, k):
+    if METHODS[name]["across_tokens"]:
+        pytest.skip("marked across tokens")
+    for part in parts(name, k):
+        law_neighbours_do_not_matter(part, k)
+
+
+@every_method
+@both_counts
+def test_it_compiles_without_a_graph_break_and_runs_in_inference_mode(name, k):
+    for part in parts(name, k):
+        law_it_compiles_whole_and_runs_in_inference_mode(part, k)
+
+
+@every_method
+@both_counts
+def test_save_and_load_give_equal_outputs_and_one_identity(name, k, tmp_path):
+    law_saving_keeps_outputs_and_identity(fitted(name, k), tmp_path / "steering")
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method["invertible"]])
+def test_an_invertible_method_has_a_true_inverse_and_log_det(name):
+    for part in parts(name, 2):
+        law_inverse_and_log_det_are_true(part.flow)
+
+
+@every_method
+def test_a_fit_follows_from_rows_and_seed(name):
+    law_fit_follows_from_rows_and_seed(brief(name), recording().at(Site(1)))
+
+
+@every_method
+def test_test_rows_do_not_enter_a_fit(name):
+    law_test_rows_stay_unseen(brief(name), recording())
+
+
+@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method["trained"]])
+def test_another_seed_trains_another_map(name):
+    acts = recording().at(Site(1))
+    maps = [brief(name).fit(acts, seed=seed) for seed in (0, 1)]
+    first, second = (Steering(brief(name), each, acts.behaviours).identity for each in maps)
+    assert first != second
+
+
+@every_method
+def test_strength_points_from_source_to_target(name):
+    acts = recording()
+    for site, part in fitted(name, 1).interventions.items():
+        law_strength_points_from_source_to_target(part, *acts.sides(site))
+
+
+@every_method
+def test_build_makes_what_fit_returns(name):
+    steering = fitted(name, 2)
+    empty = steering.steerer.build(WIDTHS, 2, steering.interventions.sizes)
+    shapes = [
+        {n: (t.shape, t.dtype) for n, t in maps.state_dict().items()}
+        for maps in (empty, steering.interventions)
+    ]
+    assert shapes[0] == shapes[1]
+
+
+@every_method
+def test_a_fitted_map_asks_for_no_gradient(name):
+    assert not any(p.requires_grad for p in fitted(name, 1).interventions.parameters())
+
+
+@every_method
+def test_a_recording_with_one_side_only_is_refused(name):
+    with pytest.raises(InputError):
+        brief(name).fit(recording().where(side="target"))
+
+
+@every_method
+def test_health_figures_are_finite_numbers(name):
+    figures = brief(name).diagnose(recording(), fitted(name, 1).interventions)
+    assert all(isinstance(value, float) and abs(value) < float("inf") for value in figures.values())
+
+
+# --- every law catches the copy that breaks it ---------------------------------------------------
+
+
+class Broken(Intervention):
+    """Adds a constant row and leaves all care to its copies."""
+
+    def __init__(self, width: int = 7, k: int = 1) -> None:
+        super().__init__()
+        self.register_buffer("shifts", torch.ones(k, width))
+
+    def displacement(self, h: Tensor, coef: Tensor) -> Tensor:
+        return coef @ self.shifts.to(h.dtype)
+
+
+class MasksByProduct(Broken):
+    def forward(self, h, coef):
+        edited = h.float() + self.displacement(h.float(), coef) * (coef != 0).any(-1, keepdim=True)
+        return edited.to(h.dtype)
+
+
+class RoundsZeroRows(Broken):
+    def forward(self, h, coef):
+        return torch.where(torch.isfinite(h).all(-1, keepdim=True), h + coef @ self.shifts, h)
+
+
+class EditsInPlace(Broken):
+    def forward(self, h, coef):
+        return h.add_((coef @ self.shifts).to(h.dtype))
+
+
+class ReturnsFloat32(Broken):
+    def forward(self, h, coef):
+        return super().forward(h.float(), coef)
+
+
+class LooksAtNeighbours(Broken):
+    def displacement(self, h, coef):
+        return super().displacement(h, coef) + 1e-4 * torch.nan_to_num(h).mean(0)
+
+
+class BranchesOnData(Broken):
+    def displacement(self, h, coef):
+        return super().displacement(h, coef) * (2 if h.abs().max() > 1 else 1)
+
+
+class FollowsAutograd(Broken):
+    def displacement(self, h, coef):
+        h = h.detach().requires_grad_()
+        return coef * torch.autograd.grad(h.square().sum(), h)[0]
+
+
+class Forgets(Broken):
+    """Keeps what it fitted where no artifact looks."""
+
+    factor = 1.0
+
+    def displacement(self, h, coef):
+        return super().displacement(h, coef) * self.factor
+
+
+@dataclass(frozen=True)
+class ForgetfulMethod(Steerer):
+    paper: ClassVar[str] = "none"
+
+    def build(self, widths, k=1, sizes: Mapping[str, int] = {}):
+        return Interventions({site: Forgets(width, k) for site, width in widths.items()})
+
+    def fit(self, acts, *, seed=0):
+        maps = self.build(acts.widths)
+        for _, part in maps.items():
+            part.factor = 2.0
+        return maps
+
+
+class Dropped(nn.Module):
+    """A flow's wrapper whose log-determinant or inverse is off by a factor."""
+
+    def __init__(self, flow: Flow, *, log_det: float = 1.0, inverse: float = 1.0) -> None:
+        super().__init__()
+        self.flow, self.width, self.factors = flow, flow.width, (log_det, inverse)
+
+    def forward(self, x):
+        return self.flow(x)
+
+    def inverse(self, z):
+        return self.flow.inverse(z) * self.factors[1]
+
+    def forward_log_det(self, x):
+        z, log_det = self.flow.forward_log_det(x)
+        return z, log_det * self.factors[0]
+
+
+@dataclass(frozen=True)
+class RollsDice(Steerer):
+    paper: ClassVar[str] = "none"
+
+    def build(self, widths, k=1, sizes: Mapping[str, int] = {}):
+        return Interventions({site: Shift(width, k) for site, width in widths.items()})
+
+    def fit(self, acts, *, seed=0):
+        maps = self.build(acts.widths)
+        for _, part in maps.items():
+            part.shifts.copy_(torch.rand_like(part.shifts))
+        return maps
+
+
+class SeesAllRows(RollsDice):
+    def fit(self, acts, *, seed=0):
+        maps = self.build(acts.widths)
+        for site, part in maps.items():
+            part.shifts[0] = acts.values[site].mean(0)
+        return maps
+
+
+both_ways = pytest.mark.parametrize(
+    "broken", [MasksByProduct(), RoundsZeroRows()], ids=["bad rows", "rows without strength"]
+)
+
+
+@both_ways
+def test_law_1_catches_an_edit_of_rows_that_must_stay(broken):
+    with pytest.raises(AssertionError, match="untouched row"):
+        law_untouched_rows_come_back_bit_for_bit(broken, 1, torch.float32)
+
+
+@pytest.mark.parametrize("broken", [EditsInPlace(), ReturnsFloat32()], ids=["in place", "dtype"])
+def test_law_2_catches_an_edit_in_place_and_another_dtype(broken):
+    with pytest.raises(AssertionError):
+        law_form_is_kept_and_nothing_happens_in_place(broken, 1, torch.bfloat16)
+
+
+def test_law_3_catches_a_look_at_the_neighbours():
+    with pytest.raises(AssertionError, match="neighbour"):
+        law_neighbours_do_not_matter(LooksAtNeighbours(), 1)
+
+
+def test_law_4_catches_a_branch_on_data():
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        law_it_compiles_whole_and_runs_in_inference_mode(BranchesOnData(), 1)
+
+
+def test_law_4_catches_autograd():
+    with pytest.raises(RuntimeError, match="grad"):
+        law_it_compiles_whole_and_runs_in_inference_mode(FollowsAutograd(), 1)
+
+
+def test_law_5_catches_a_tensor_that_is_not_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(steerer, "get", lambda name: ForgetfulMethod())
+    acts = recording()
+    steering = Steering(ForgetfulMethod(), ForgetfulMethod().fit(acts), acts.behaviours)
+    with pytest.raises(AssertionError, match="another output"):
+        law_saving_keeps_outputs_and_identity(steering, tmp_path / "steering")
+
+
+@pytest.mark.parametrize("broken", [{"log_det": 0.5}, {"inverse": 1.001}], ids=lambda b: [*b][0])
+def test_law_6_catches_a_wrong_inverse_and_a_wrong_log_det(broken):
+    flow = coupling_stack(5, hidden=4)
+    flow.initialise(rows(5))
+    law_inverse_and_log_det_are_true(flow)
+    with pytest.raises(AssertionError):
+        law_inverse_and_log_det_are_true(Dropped(flow, **broken))
+
+
+def test_the_law_of_the_seed_catches_global_dice():
+    with pytest.raises(AssertionError, match="generator"):
+        law_fit_follows_from_rows_and_seed(RollsDice(), recording())
+
+
+def test_the_law_of_test_rows_catches_a_mean_of_all_rows():
+    with pytest.raises(AssertionError, match="test rows"):
+        law_test_rows_stay_unseen(SeesAllRows(), recording())
+
+
+def test_the_law_of_the_arrow_catches_a_turned_sign():
+    acts = recording().at(Site(1))
+    source, target = acts.sides(acts.site)
+    part = Shift(7)
+    part.shifts[0] = source.mean(0) - target.mean(0)
+    with pytest.raises(AssertionError, match="reach"):
+        law_strength_points_from_source_to_target(part, source, target)
+
+
+def test_every_method_on_the_shelf_is_tested():
+    assert list(METHODS) == innsteer.names()

@@ -1,0 +1,89 @@
+"""Calibration: strengths in units of cost."""
+
+import math
+
+import pytest
+from pydantic import ValidationError
+
+from innsteer.calibration import Calibration, Dose, parse_number
+from innsteer.errors import BudgetError, InputError
+
+
+def curve(*points, budget=0.0953, strength=2.0):
+    doses = tuple(Dose(s, n, n, n, abs(s) / 10) for s, n in sorted(points))
+    return Calibration(doses, budget, strength, 2000)
+
+
+QUADRATIC = curve((0, 0), (1, 0.01), (2, 0.04), (4, 0.16), (-1, 0.02), (-2, 0.08))
+
+
+@pytest.mark.parametrize(
+    ("asked", "strength"),
+    [
+        (1.25, 1.25),
+        (-3, -3.0),
+        ("1.25", 1.25),
+        ("budget", 2.0),
+        ("0.01nat", 1.0),
+        ("0.04 nats", 2.0),
+        ("0.09nat", 3.0),
+        (".0025nat", 0.5),
+        ("1e-2nat", 1.0),
+        ("+0.01nat", 1.0),
+        ("-0.02nat", -1.0),
+        ("-0.08nat", -2.0),
+        ("0nat", 0.0),
+    ],
+)
+def test_a_strength_is_found_on_the_curve(asked, strength):
+    assert QUADRATIC.resolve(asked) == pytest.approx(strength)
+
+
+@pytest.mark.parametrize("asked", ["0.2nat", "-0.09nat"])
+def test_a_cost_beyond_the_curve_is_refused(asked):
+    with pytest.raises(BudgetError, match="tune with a larger budget"):
+        QUADRATIC.resolve(asked)
+
+
+def test_a_direction_without_doses_is_refused():
+    with pytest.raises(BudgetError):
+        curve((0, 0), (1, 0.1)).resolve("-0.05nat")
+
+
+def test_noise_that_makes_the_curve_fall_does_not_confuse_it():
+    noisy = curve((0, 0), (1, 0.05), (2, 0.04), (3, 0.09))
+    found = [noisy.resolve(f"{n}nat") for n in (0.01, 0.03, 0.06, 0.09)]
+    assert found == sorted(found) and found[-1] == 3.0 and 2 <= found[2] <= 3
+
+
+@pytest.mark.parametrize("asked", ["", "nat", "much", "0.05nats per token", "--1nat", "1,5"])
+def test_what_is_no_strength_is_refused(asked):
+    with pytest.raises(InputError, match="budget"):
+        QUADRATIC.resolve(asked)
+
+
+@pytest.mark.parametrize("asked", [math.nan, math.inf, "nan", "-inf", "1e999"])
+def test_a_strength_is_finite(asked):
+    with pytest.raises(InputError, match="finite"):
+        QUADRATIC.resolve(asked)
+    with pytest.raises(InputError, match="finite"):
+        parse_number(str(asked))
+
+
+def test_a_calibration_survives_json():
+    assert Calibration.from_json(QUADRATIC.to_json()) == QUADRATIC
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"doses": [{"strength": 1.0}]},
+        {"doses": "none"},
+        {"strength": "much"},
+        {"more": 1},
+        {"doses": [QUADRATIC.to_json()["doses"][0] | {"more": 1}]},
+    ],
+)
+def test_a_foreign_calibration_is_refused(change):
+    with pytest.raises(ValidationError):
+        Calibration.from_json(QUADRATIC.to_json() | change)
