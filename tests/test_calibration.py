@@ -54,6 +54,8 @@ def test_noise_that_makes_the_curve_fall_does_not_confuse_it():
     noisy = curve((0, 0), (1, 0.05), (2, 0.04), (3, 0.09))
     found = [noisy.resolve(f"{n}nat") for n in (0.01, 0.03, 0.06, 0.09)]
     assert found == sorted(found) and found[-1] == 3.0 and 2 <= found[2] <= 3
+    falling = curve((0, 0), (1, 0.05), (2, 0.04))
+    assert falling.resolve("0.045nat") == pytest.approx((0.045 / 0.05) ** 0.5)
 
 
 @pytest.mark.parametrize("asked", ["", "nat", "much", "0.05nats per token", "--1nat", "1,5"])

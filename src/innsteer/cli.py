@@ -5,6 +5,7 @@ bad input, 3 refused for safety, 130 interrupted.
 """
 
 import json
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.table import Table
 
 from innsteer import shelf
 from innsteer.errors import InnsteerError, UnknownName
+from innsteer.files import require_absent
 
 app = typer.Typer(
     name="innsteer",
@@ -24,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
+# From typer itself: some of its versions bring their own click, whose errors are not click's.
+UsageError: Any = typer.BadParameter.__base__
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
 
 MODEL = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, GGUF file, or smollm2.")]
@@ -48,15 +52,15 @@ def record(
     as_json: JSON = False,
 ) -> None:
     """Record the activations of a contrast's two sides."""
+    require_absent(folder)
     from innsteer import tuning
     from innsteer.contrast import Contrast
 
+    sites, rule = _sites(layers), _read(read)
     with Bars(as_json) as progress:
-        language_model = _load(model)
         contrast = Contrast.load(data)
-        acts = tuning.record_parts(
-            language_model, contrast, _sites(layers), read=_read(read), progress=progress
-        )
+        language_model = _load(model)
+        acts = tuning.record_parts(language_model, contrast, sites, read=rule, progress=progress)
         acts.save(folder)
     found = {
         "folder": str(folder),
@@ -66,7 +70,8 @@ def record(
         "hash": acts.hash,
     }
     text = f"{len(acts)} rows at {', '.join(map(str, acts.sites))} in {folder}"
-    _done(as_json, found, text, f"innsteer fit {data} --rows {folder} --out my-steering")
+    following = _command("fit", data, "--rows", folder, *_of(model), "--out", "my-steering")
+    _done(as_json, found, text, following)
 
 
 @app.command()
@@ -90,21 +95,27 @@ def fit(
     as_json: JSON = False,
 ) -> None:
     """Fit a steering; of several layers, keep the one with the most control at the budget."""
+    require_absent(folder)
     if method not in shelf.names():
         raise UnknownName("method", method, shelf.names())
     fields = _fields(method, field or [])
     from innsteer import tuning
     from innsteer.activations import Activations
     from innsteer.contrast import Contrast
+    from innsteer.errors import InputError
     from innsteer.site import Where
     from innsteer.steerer import get
 
     steerer = get(method, **fields)
     place = Where.parse(where)
-    sites = _sites(layers)
+    sites, rule = _sites(layers), _read(read)
+    if rows and rule:
+        raise InputError(f"--read {read} beside --rows", remedy="the rows were read already")
     with Bars(as_json) as progress:
         contrast = Contrast.load(data)
         recorded = Activations.load(rows) if rows else None
+        if recorded is not None and sites:
+            recorded = recorded.at(*sites)
         language_model = _load(model)
         if recorded is not None:
             steering = tuning.fit_rows(
@@ -116,7 +127,7 @@ def fit(
                 contrast,
                 steerer,
                 sites,
-                read=_read(read),
+                read=rule,
                 where=place,
                 seed=seed,
                 progress=progress,
@@ -127,14 +138,14 @@ def fit(
                 contrast,
                 steerer,
                 sites=sites,
-                read=_read(read),
+                read=rule,
                 where=place,
                 seed=seed,
                 progress=progress,
             )
         steering.save(folder)
     text = f"fitted {method} in {steering.provenance['fit_seconds']} s -> {folder}"
-    _done(as_json, _facts(steering, folder), text, f"innsteer tune {folder} {data}")
+    _done(as_json, _facts(steering, folder), text, _command("tune", folder, data, *_of(model)))
 
 
 @app.command()
@@ -173,7 +184,8 @@ def tune(
         out.print(_dose_table(tuned))
     curve = tuned.calibration[tuned.behaviours[0]]
     text = f"strength {curve.strength:.4g} spends {budget} nats per token"
-    _done(as_json, _facts(tuned, steering), text, f"innsteer eval {steering} {data}")
+    following = _command("eval", steering, "--data", data, *_of(model), "--out", "report")
+    _done(as_json, _facts(tuned, steering), text, following)
 
 
 @app.command()
@@ -229,7 +241,7 @@ def generate(
             "answers": found,
         },
         text,
-        f"innsteer inspect {steering}",
+        _command("inspect", steering),
     )
 
 
@@ -245,12 +257,16 @@ def evaluate(
     as_json: JSON = False,
 ) -> None:
     """Compare steerings with unsteered, prompt-only and a random direction; write a report."""
+    require_absent(folder)
     from innsteer import evaluation
     from innsteer.contrast import Contrast
+    from innsteer.errors import InputError
     from innsteer.steering import Steering
     from innsteer.suites import behaviour as suites
 
-    loaded = {path.name: Steering.load(path) for path in steering}
+    loaded = {path.resolve().name: Steering.load(path) for path in steering}
+    if len(loaded) < len(steering):
+        raise InputError("folders of the same name", expected="a name of its own for every arm")
     with Bars(as_json) as progress:
         contrast = Contrast.load(data)
         language_model = _load(model or _base(next(iter(loaded.values()))))
@@ -266,15 +282,15 @@ def evaluate(
             progress=progress,
         )
         report.save(folder)
-        for path, fitted in zip(steering, loaded.values(), strict=True):
-            fitted.with_card(evaluation.card(report, path.name)).save(path, replace=True)
+        for path, (name, fitted) in zip(steering, loaded.items(), strict=True):
+            fitted.with_card(evaluation.card(report, name)).save(path, replace=True)
     if not as_json:
         out.print(_escape(report.text()))
     _done(
         as_json,
         {"folder": str(folder)} | report.to_json(),
-        f"report in {folder}",
-        f"open {folder / 'report.html'}",
+        f"report in {folder / 'report.html'}",
+        _command("generate", steering[0], "Hello", *_of(model)),
     )
 
 
@@ -294,7 +310,7 @@ def inspect(steering: STEERING, as_json: JSON = False) -> None:
         out.print(table)
         if fitted.calibration:
             out.print(_dose_table(fitted))
-    _done(as_json, facts, "every file matches its seal", f"innsteer generate {steering} 'Hello'")
+    _done(as_json, facts, "every file matches its seal", _command("generate", steering, "Hello"))
 
 
 @app.command()
@@ -341,7 +357,7 @@ def demo(
         as_json,
         facts | {"report_data": made.report.to_json()},
         text,
-        f"innsteer generate {made.artifact} 'What did you think of the new café?'",
+        _command("generate", made.artifact, "What did you think of the new café?"),
     )
 
 
@@ -395,6 +411,16 @@ def _load(model: str) -> Any:
     from innsteer.models import load_model
 
     return load_model(model)
+
+
+def _of(model: str) -> list[str]:
+    """The option that names a model, for the next command; the default needs none."""
+    return ["--model", model] if model not in ("", "smollm2") else []
+
+
+def _command(*words: object) -> str:
+    """A command line of innsteer, to be pasted into a shell."""
+    return shlex.join(["innsteer", *map(str, words)])
 
 
 def _base(steering: Any) -> str:
@@ -500,19 +526,12 @@ def main() -> NoReturn:
         code = app(standalone_mode=False)
     except InnsteerError as error:
         _fail(error, error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         _fail("interrupted; nothing half-written was left", 130)
-    except Exception as error:
-        import click
-
-        if isinstance(error, click.exceptions.Exit):
-            sys.exit(error.exit_code)
-        if isinstance(error, click.exceptions.Abort):
-            _fail("interrupted", 130)
-        if isinstance(error, click.ClickException):
-            error.show()
-            sys.exit(error.exit_code)
-        raise
+    except UsageError as error:
+        if not (message := error.format_message()):  # no argument at all: the help was printed
+            sys.exit(2)
+        _fail(message, 2)
     sys.exit(code if isinstance(code, int) else 0)
 
 

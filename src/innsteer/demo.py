@@ -9,7 +9,9 @@ import torch
 
 from innsteer import evaluation, tuning
 from innsteer.backends.base import Progress, silent
+from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast
+from innsteer.files import require_absent
 from innsteer.models import load_model
 from innsteer.report import Report
 from innsteer.steerer import get
@@ -17,7 +19,7 @@ from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
 
 MODEL, BEHAVIOUR = "smollm2", "critical"
-PAIRS, HELD_OUT = 100, 24
+PAIRS, HELD_OUT = 80, 20
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,11 @@ def run(folder: str | Path, *, seed: int = 0, progress: Progress = silent) -> De
     """Fit, tune, evaluate and save, at preview size.
 
     Raises:
-        InputError: the folder exists.
+        InputError: the folder exists. MissingPackage: the scorer's is not there.
     """
     folder = Path(folder)
+    require_absent(folder)
+    evaluation.require_scorer(suites.meta(BEHAVIOUR)["scorer"])
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
     progress("model", 0, 1)
@@ -57,12 +61,13 @@ def run(folder: str | Path, *, seed: int = 0, progress: Progress = silent) -> De
     sites = [tuning.default_site(model)]
     acts = tuning.record_parts(model, contrast, sites, progress=progress)
     clock.lap("record")
+    backend = HF(model)
     steerings: dict[str, Steering] = {}
     for name in ("diffmean", "innsteer"):
         fitted = tuning.fit_rows(model, get(name), acts, seed=seed, progress=progress)
         clock.lap(f"fit {name}")
         steerings[name] = tuning.tune(
-            model,
+            backend,
             fitted,
             contrast,
             control_items=8,

@@ -15,7 +15,7 @@ from innsteer import __version__, metrics
 from innsteer.activations import Activations
 from innsteer.backends.base import Completion, Progress, Prompt, Sampling, silent
 from innsteer.backends.hf import HF, Meter, instruct
-from innsteer.errors import InputError
+from innsteer.errors import BudgetError, InputError
 from innsteer.interventions import Edit, Shift
 from innsteer.models import LanguageModel
 from innsteer.report import Cloud, DosePoint, Figure, Report, TokenTrail
@@ -67,6 +67,11 @@ class Sizes:
     trails: int = 3
     cloud: int = 60
 
+    @property
+    def preview(self) -> bool:
+        """Whether the cost rests on fewer prompts than its measure asks for."""
+        return self.neutral_prompts < 100
+
 
 PREVIEW = Sizes(neutral_prompts=16, asides=0, long=(), trails=2, cloud=24)
 
@@ -94,12 +99,23 @@ def compare(
     )
 
 
+def require_scorer(control: str) -> None:
+    """Let a scorer whose package is missing say so now, not after minutes of work.
+
+    Raises:
+        UnknownName: no such metric. MissingPackage: it needs one.
+    """
+    scorer = metrics.get(control)
+    if scorer.family:
+        scorer.measure(Completion("", scorer.kind))
+
+
 def standard_arms(
     model: LanguageModel, steerings: Mapping[str, Steering], suite: Suite, *, seed: int = 0
 ) -> list[Arm]:
     """Unsteered, prompt-only (where an instruction is known), a random direction, the steerings.
 
-    The random direction moves activations as far, relative to their norm, as the first steering.
+    The random direction moves activations as far, relative to their norm, as the last steering.
     """
     arms = [Arm(UNSTEERED)]
     if suite.instruction:
@@ -150,6 +166,7 @@ def evaluate(
     """
     if not arms or len({arm.name for arm in arms}) < len(arms):
         raise InputError("arms without distinct names", expected="at least one arm, all distinct")
+    require_scorer(suite.control)
     started = time.perf_counter()
     run = _Run(HF(model), suite, sizes, seed, progress)
     sites = sorted({site for arm in arms for edit in arm.edits for site in edit.interventions})
@@ -159,7 +176,8 @@ def evaluate(
     completions += run.items(arms, sites)
     completions += run.plain(arms)
     figures = [*_figures(arms, suite, completions), *run.ranges(steerings)]
-    preview = any(c.preview for s in steerings.values() for c in s.calibration.values())
+    unchecked = any(c.preview for s in steerings.values() for c in s.calibration.values())
+    preview = sizes.preview or unchecked
     context = {
         "model": model.name,
         "behaviour": suite.behaviour,
@@ -211,7 +229,8 @@ class _Run:
         """Samples, answers to neutral prompts, and long answers of every arm."""
         suite = self.suite
         found: list[Completion] = []
-        jobs = [("sample", suite.prompts, suite.sampling)]
+        sampling = replace(suite.sampling, seed=suite.sampling.seed + self.seed)
+        jobs = [("sample", suite.prompts, sampling)]
         if self.sizes.asides:
             aside = Sampling(self.sizes.aside_tokens, suite.sampling.temperature, self.seed)
             jobs.append(("aside", suite.neutral[: self.sizes.asides], aside))
@@ -219,7 +238,7 @@ class _Run:
             sampling = Sampling(tokens, suite.sampling.temperature, self.seed)
             jobs.append(("long", suite.prompts[:count], sampling))
         for arm in arms:
-            for kind, prompts, sampling in jobs:
+            for kind, prompts, sampling in filter(lambda job: job[1], jobs):
                 self.progress(f"{arm.name}: {kind}", 0, len(prompts))
                 asked = [_asked(prompt, arm) for prompt in prompts]
                 made = self.backend.generate(asked, arm.edits, sampling, progress=self.progress)
@@ -332,7 +351,10 @@ class _Run:
             score = metrics.get(control_metric(items))
             for cost in RANGES:
                 nats = curve.budget if cost == "budget" else float(cost.removesuffix("nat"))
-                ends = [curve.resolve(f"{sign}{nats}nat") for sign in ("", "-")]
+                try:
+                    ends = [curve.resolve(f"{sign}{nats}nat") for sign in ("", "-")]
+                except BudgetError:  # the curve ends below this cost
+                    continue
                 plus, minus = (control(meter([steering.edit(end)]), items) for end in ends)
                 gap = score.difference(plus, minus)
                 assert gap is not None
@@ -384,17 +406,18 @@ class _Run:
         meter = self.backend.meter(reference, divergence=False)
         meter(arm.edits, displacement=moved)
         ids, start = reference.ids[0], reference.lengths[0]
-        sites = max(len(arm.edits[0].interventions), 1)
-        # Several sites: the mean over them; the first row is the last prompt token.
-        rows = np.array(moved).reshape(sites, -1).mean(0).tolist()
-        tokens = [self.backend.model.tokenizer.decode([token]) for token in ids[start:]]
-        shown = rows[1 : len(tokens) + 1]
+        (edit,) = arm.edits
+        # One number per site and token in scope; several sites: the mean over them.
+        rows = np.array(moved).reshape(len(edit.interventions), -1).mean(0).tolist()
+        spans = edit.where.spans(prompt=start, turns=[(start - 1, None)])
+        steered = [t for t in range(len(ids)) if any(a <= t < (b or len(ids)) for a, b in spans)]
+        shown = dict(zip(steered, rows, strict=True))
         return TokenTrail(
             arm.name,
             completion.item,
             completion.prompt,
-            tuple(tokens),
-            tuple(shown + [0.0] * (len(tokens) - len(shown))),
+            tuple(self.backend.model.tokenizer.decode([token]) for token in ids[start:]),
+            tuple(shown.get(place, 0.0) for place in range(start, len(ids))),
         )
 
 
@@ -424,7 +447,8 @@ def _figures(arms: Sequence[Arm], suite: Suite, completions: Sequence[Completion
             found.append(
                 Figure(arm.name, name, arm.strength, score.value, score.low, score.high, *common)
             )
-            if arm is arms[0] or metric.kind not in ("sample", "choice", "aside", "plain"):
+            # Costs are taken against the plain model already.
+            if arm is arms[0] or metric.kind in ("neutral", "in_format"):
                 continue
             gap = metric.difference(by_arm[arm.name], by_arm[arms[0].name])
             if gap is not None:
@@ -509,8 +533,8 @@ def _notes(
     notes = []
     if preview:
         notes.append(
-            "A preview: strengths searched on a few hundred tokens and not checked, few prompts, "
-            "short answers. The benchmark measures at full size."
+            "A preview: few prompts and short answers, or strengths searched on a few hundred "
+            "tokens and not checked. The benchmark measures at full size."
         )
     if any(arm.name == PROMPTED for arm in arms):
         notes.append("Prompt-only has no dial: it stands at its own cost and is not ranked.")

@@ -24,11 +24,8 @@ def fresh_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
         InputError: the folder exists (and ``replace`` is off), is a symlink, or cannot be made.
     """
     target = Path(folder)
-    if target.is_symlink() or (target.exists() and not (replace and target.is_dir())):
-        raise InputError(
-            f"{target} exists already",
-            remedy="choose another name, or remove it first",
-        )
+    if target.is_symlink() or not (replace and target.is_dir()):
+        require_absent(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -59,6 +56,23 @@ def fresh_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def require_absent(folder: str | Path) -> None:
+    """Refuse a folder to write that exists or cannot be made: now, not after minutes of work.
+
+    Raises:
+        InputError: it exists, or what is to hold it is no folder, or may not be written to.
+    """
+    target = Path(folder)
+    if target.is_symlink() or target.exists():
+        raise InputError(
+            f"{target} exists already",
+            remedy="choose another name, or remove it first",
+        )
+    home = next(parent for parent in target.absolute().parents if parent.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to {home}", expected=f"a folder that can hold {target}")
 
 
 def _sync(path: Path) -> None:

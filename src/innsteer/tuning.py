@@ -14,7 +14,8 @@ from innsteer.backends.base import Completion, Kind, Progress, Prompt, Sampling,
 from innsteer.backends.hf import HF, Meter
 from innsteer.calibration import BUDGET, Calibration, Dose
 from innsteer.contrast import Contrast
-from innsteer.errors import BudgetError, InputError
+from innsteer.errors import BudgetError, InputError, MismatchError
+from innsteer.fingerprint import Fingerprint
 from innsteer.metrics import get as metric
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Where
@@ -94,7 +95,18 @@ def fit_rows(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Steering:
-    """Fit on recorded rows, with provenance and the method's own diagnostics."""
+    """Fit on recorded rows, with provenance and the method's own diagnostics.
+
+    Raises:
+        MismatchError: the rows were recorded on another model.
+    """
+    recorded = acts.provenance.get("fingerprint")
+    if recorded and (other := Fingerprint(**recorded).differs(model.fingerprint)):
+        raise MismatchError(
+            f"these rows were recorded on {recorded['name']!r}, and {model.name!r} has another "
+            + ", ".join(other),
+            remedy="record them on this model",
+        )
     progress("fit", 0, 1)
     started = time.perf_counter()
     fitted = steerer.fit(acts, seed=seed)
@@ -181,7 +193,7 @@ def control_metric(items: Contrast) -> str:
 
 
 def tune(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     steering: Steering,
     contrast: Contrast,
     *,
@@ -200,18 +212,24 @@ def tune(
     The neutral cost grows with the square of a small strength, so the search scales by the root of
     budget over cost until it lies within 3 % under the budget. The last check asks that the upper
     end of the cost's 90 % interval, on at least ``check_tokens`` response tokens of at least 100
-    other neutral prompts of the validation part, stays within the budget; else strength shrinks.
+    neutral prompts of the validation part, stays within the budget; else strength shrinks.
 
     Args:
+        model: or a backend, which keeps the neutral continuations for the next steering.
         contrast: control is measured on its validation part.
         budget: nats per token. fractions: of the found strength, for the curve.
         both_ways: measure negative strengths too.
         preview: leave the last check out, and say so in the artifact.
 
     Raises:
+        InputError: a budget that is not above 0.
         BudgetError: no strength in 1e-4 .. 1e4 spends the budget, or the check cannot be met.
     """
-    backend = HF(model)
+    if not 0 < budget < math.inf:
+        raise InputError(f"budget {budget}", expected="nats per token, above 0")
+    held = contrast.part("validation")
+    held = held.subset(min(len(held), control_items), seed)
+    backend = model if isinstance(model, HF) else HF(model)
     sites = list(steering.interventions)
     behaviour = steering.behaviours[0]
     prompts = neutral("validation")
@@ -219,15 +237,18 @@ def tune(
         prompts = prompts[: max(search_tokens // 16, 8)]
     sampling = Sampling(24, 1.0, seed)
     whole = backend.reference(prompts, sampling, progress=progress)
+    if not preview and (whole.tokens < check_tokens or len(whole.ids) < 100):
+        raise BudgetError(
+            f"a check on {whole.tokens} tokens of {len(whole.ids)} prompts",
+            expected=f"at least {check_tokens} tokens of 100 prompts",
+        )
     search = backend.meter(whole.part(search_tokens), sites)
-    strength, spent = _search(search, steering, budget, progress)
+    strength = _search(search, steering, budget, progress)
     tokens = search.reference.tokens
     if not preview:
         check = backend.meter(whole, sites)
-        strength = _check(check, steering, strength, budget, check_tokens, progress)
+        strength = _check(check, steering, strength, budget, progress)
         tokens = check.reference.tokens
-    held = contrast.part("validation")
-    held = held.subset(min(len(held), control_items), seed)
     scored = control_meter(backend, held, sites)
     signs = (1.0, -1.0) if both_ways else (1.0,)
     grid = [0.0, *(sign * fraction * strength for sign in signs for fraction in fractions)]
@@ -243,24 +264,20 @@ def tune(
 
 def _cost(meter: Meter, steering: Steering, strength: float) -> float:
     score = metric("neutral_cost")
-    values = [c for c in meter([steering.edit(strength)])]
-    measured = [score.measure(c) for c in values]
+    measured = [score.measure(c) for c in meter([steering.edit(strength)])]
     total = sum(m.value * m.weight for m in measured if m)
     return total / sum(m.weight for m in measured if m)
 
 
-def _search(
-    meter: Meter, steering: Steering, budget: float, progress: Progress
-) -> tuple[float, float]:
+def _search(meter: Meter, steering: Steering, budget: float, progress: Progress) -> float:
     """The strength whose neutral cost is within 3 % under the budget, by secant with a bracket."""
     low, high = 0.0, math.inf
-    strength, best = 1.0, (0.0, 0.0)
+    strength, spent = 1.0, 0.0
     for step in range(20):
         progress("search", min(step, STAGES), STAGES)
         cost = _cost(meter, steering, strength)
         if cost <= budget:
-            low = strength
-            best = max(best, (strength, cost))
+            low, spent = strength, cost
         else:
             high = min(high, strength)
         if 0.97 * budget <= cost <= budget:
@@ -273,13 +290,15 @@ def _search(
             break
         strength = guess
     progress("search", STAGES, STAGES)
-    if best[0] == 0.0:
+    # Either nothing was within the budget, or nothing was over it.
+    if low == 0 or (math.isinf(high) and spent < 0.97 * budget):
+        cheap = f"strength {low:g} costs {spent:.3g}" if low else f"strength {high:g} costs more"
         raise BudgetError(
-            f"no strength of this steering costs between 0 and {budget} nats per token",
+            f"no strength of this steering spends {budget} nats per token: even {cheap}",
             expected="a cost that grows from 0 with strength",
-            remedy="look at its displacement (innsteer inspect), or fit it again",
+            remedy="look at the steering (innsteer inspect), or fit it again",
         )
-    return best
+    return low
 
 
 def _check(
@@ -287,16 +306,9 @@ def _check(
     steering: Steering,
     strength: float,
     budget: float,
-    tokens: int,
     progress: Progress,
 ) -> float:
     """Shrink until the upper end of the cost's 90 % interval is within the budget."""
-    reference = meter.reference
-    if reference.tokens < tokens or len(reference.ids) < 100:
-        raise BudgetError(
-            f"a check on {reference.tokens} tokens of {len(reference.ids)} prompts",
-            expected=f"at least {tokens} tokens of 100 prompts",
-        )
     for step in range(8):
         progress("check", step, 8)
         score = metric("neutral_cost").score(meter([steering.edit(strength)]), level=0.9)
@@ -348,11 +360,12 @@ def choose_layer(
     steerer = get(method, **fields) if isinstance(method, str) else method
     sites = sorted(set(sites))
     rows = record_parts(model, contrast, sites, read=read, progress=progress)
+    backend = HF(model)
     tried: list[tuple[float, Steering]] = []
     for site in sites:
         fitted = fit_rows(model, steerer, rows.at(site), where=where, seed=seed, progress=progress)
         tuned = tune(
-            model,
+            backend,
             fitted,
             contrast,
             budget=budget,

@@ -68,6 +68,7 @@ class HF:
         self.model = model
         self.batch = batch
         self.batch_tokens = batch_tokens
+        self._references: dict[tuple[object, ...], Reference] = {}
 
     # --- generate --------------------------------------------------------------------------------
 
@@ -203,12 +204,15 @@ class HF:
         *,
         progress: Progress = silent,
     ) -> Reference:
-        """The unsteered model's own continuations; ``sampling=None``: bare prompts."""
+        """The unsteered model's own continuations, made once; ``sampling=None``: bare prompts."""
         encoded = [self.model.encode(prompt.conversation) for prompt in prompts]
         lengths = tuple(len(row.ids) for row in encoded)
         if sampling is None:
             return Reference(tuple(prompts), tuple(row.ids for row in encoded), lengths)
         ids = [row.ids for row in encoded]
+        key = (tuple(ids), tuple(prompt.item for prompt in prompts), sampling)
+        if key in self._references:
+            return self._references[key]
         order = sorted(range(len(prompts)), key=lambda i: lengths[i])
         for start in range(0, len(order), self.batch):
             index = order[start : start + self.batch]
@@ -219,7 +223,8 @@ class HF:
             ):
                 ids[i] = (*ids[i], *new)
         progress("reference", len(order), len(order))
-        return Reference(tuple(prompts), tuple(ids), lengths)
+        self._references[key] = Reference(tuple(prompts), tuple(ids), lengths)
+        return self._references[key]
 
     def forced(self, prompts: Sequence[Prompt]) -> Reference:
         """Given answers as a reference: one row per prompt and answer, in order."""
@@ -328,6 +333,7 @@ class HF:
     def _capture(self, stack: ExitStack, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Hooks that keep the sites' streams and stop the pass at the deepest one."""
         seen: dict[Site, Tensor] = {}
+        places = {site: self.model.layout.at(site) for site in sites}
         deepest = self.model.layout.blocks[max(site.layer for site in sites)].module
 
         def keep(site: Site, port: str) -> Callable[..., None]:
@@ -337,8 +343,7 @@ class HF:
 
             return hook
 
-        for site in sites:
-            module, port = self.model.layout.at(site)
+        for site, (module, port) in places.items():
             hook = keep(site, port)
             handle = (
                 module.register_forward_pre_hook(hook)

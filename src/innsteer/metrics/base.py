@@ -58,24 +58,26 @@ class Metric(ABC):
     def measure(self, completion: Completion) -> Measured | None:
         """One completion's value, or None where it has nothing to say."""
 
-    def combine(self, values: np.ndarray, weights: np.ndarray, strata: np.ndarray) -> float:
-        """The figure of a sample: mean over strata of the weighted means."""
-        means = [
-            np.average(values[strata == stratum], weights=weights[strata == stratum])
-            for stratum in np.unique(strata)
-            if weights[strata == stratum].sum() > 0
-        ]
-        return float(np.mean(means)) if means else float("nan")
+    def finish(self, means: np.ndarray) -> np.ndarray:
+        """Figures from weighted means, one per resample; the means themselves by default."""
+        return means
+
+    def parts(self, completion: Completion) -> list[Measured]:
+        """All that a completion gives: one value, unless a metric pools finer parts."""
+        measured = self.measure(completion)
+        return [] if measured is None else [measured]
 
     def items(self, completions: Sequence[Completion]) -> dict[str, list[Measured]]:
-        """Item -> what its completions (one per seed) measure."""
-        found: dict[str, list[Measured]] = {}
+        """Item -> what its completions (one per seed) measure; its seeds share its weight."""
+        found: dict[str, list[list[Measured]]] = {}
         for completion in completions:
-            if completion.kind == self.kind:
-                measured = self.measure(completion)
-                if measured is not None:
-                    found.setdefault(completion.item, []).append(measured)
-        return found
+            if completion.kind == self.kind and (parts := self.parts(completion)):
+                found.setdefault(completion.item, []).append(parts)
+        return {
+            # Sorted, so that no sum depends on the order in which completions came.
+            item: [m._replace(weight=m.weight / len(seeds)) for part in sorted(seeds) for m in part]
+            for item, seeds in found.items()
+        }
 
     def score(
         self, completions: Sequence[Completion], *, level: float = 0.95, seed: int = 0
@@ -105,33 +107,36 @@ class Metric(ABC):
     def _bootstrap(self, arms: list[dict[str, list[Measured]]], level: float, seed: int) -> Score:
         """Figure (or difference of two) and its percentile interval, resampling items."""
         names = sorted(arms[0])
-        tables = [_table(arm, names) for arm in arms]
-
-        def figure(index: np.ndarray) -> float:
-            parts = [self._figure(table, index) for table in tables]
-            return parts[0] - parts[1] if len(parts) == 2 else parts[0]
-
-        rng = np.random.default_rng(seed)
         count = len(names)
-        draws = [figure(rng.integers(0, count, count)) for _ in range(RESAMPLES)]
+        rng = np.random.default_rng(seed)
+        drawn = rng.multinomial(count, np.full(count, 1 / count), RESAMPLES)
+        # The first row is the sample itself, each item once.
+        times = np.concatenate([np.ones((1, count), dtype=drawn.dtype), drawn])
+        figures = [self.figures([arm[name] for name in names], times) for arm in arms]
+        value, *draws = figures[0] - figures[1] if len(figures) == 2 else figures[0]
         low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
-        return Score(figure(np.arange(count)), float(low), float(high), count, level)
+        # Equal values, summed in another order, may leave the figure a rounding outside.
+        bounds = min(float(low), float(value)), max(float(high), float(value))
+        return Score(float(value), *bounds, count, level)
 
-    def _figure(self, table: "list[np.ndarray]", index: np.ndarray) -> float:
-        """The figure of the items ``index``; each item's rows are one block."""
-        values, weights, strata, starts, counts = table
-        rows = np.concatenate([np.arange(starts[i], starts[i] + counts[i]) for i in index])
-        return self.combine(values[rows], weights[rows], strata[rows])
+    def figures(self, items: Sequence[Sequence[Measured]], times: np.ndarray) -> np.ndarray:
+        """The figure of every resample: mean over strata of the weighted means.
 
-
-def _table(arm: dict[str, list[Measured]], names: list[str]) -> list[np.ndarray]:
-    """Columns of an arm's measurements, item after item, with each item's start and length."""
-    flat = [measured for name in names for measured in arm[name]]
-    counts = np.array([len(arm[name]) for name in names])
-    return [
-        np.array([m.value for m in flat]),
-        np.array([m.weight for m in flat]),
-        np.array([m.stratum for m in flat]),
-        np.concatenate([[0], np.cumsum(counts)[:-1]]),
-        counts,
-    ]
+        Args:
+            items: what each of n items measures.
+            times: ``[resamples, n]``, how often each item is drawn.
+        """
+        strata = sorted({m.stratum for item in items for m in item})
+        total = np.zeros((len(items), len(strata)))
+        weight = np.zeros_like(total)
+        for row, item in enumerate(items):
+            for m in item:
+                column = strata.index(m.stratum)
+                total[row, column] += m.value * m.weight
+                weight[row, column] += m.weight
+        weights = times @ weight
+        # A stratum that a resample misses has no mean; the others stand for it.
+        means = np.divide(
+            times @ total, weights, out=np.full(weights.shape, np.nan), where=weights > 0
+        )
+        return self.finish(np.nanmean(means, axis=1))

@@ -16,4 +16,5 @@ class EditedShare(Metric):
 
     def measure(self, completion: Completion) -> Measured | None:
         """Edited over predicted tokens."""
-        return Measured(completion.steered / completion.tokens, completion.tokens)
+        tokens = completion.tokens
+        return Measured(completion.steered / tokens, tokens) if tokens else None

@@ -1,7 +1,5 @@
 """Perplexity of the answers under the unsteered model."""
 
-import math
-
 import numpy as np
 
 from innsteer.backends.base import Completion
@@ -23,6 +21,6 @@ class Perplexity(Metric):
         values = completion.values.get("base_log_prob", ())
         return Measured(-sum(values) / len(values), len(values)) if values else None
 
-    def combine(self, values: np.ndarray, weights: np.ndarray, strata: np.ndarray) -> float:
-        """exp of the token-weighted mean."""
-        return math.exp(min(float(np.average(values, weights=weights)), 700.0))
+    def finish(self, means: np.ndarray) -> np.ndarray:
+        """exp of the token-weighted means."""
+        return np.exp(np.minimum(means, 700.0))

@@ -5,17 +5,21 @@ import re
 from innsteer.backends.base import Completion
 from innsteer.metrics.base import Measured, Metric
 
-_ANSWER = re.compile(r"\b(yes|no)\b|\(?\b([A-E])\)|^\s*([A-E])\b", re.IGNORECASE)
+_WORD = re.compile(r"\b(yes|no)\b", re.IGNORECASE)
+# "A" is an article too: a bare letter counts where a mark or the end follows it.
+_LETTER = re.compile(r"\b([A-E])\)|^\W*([A-E])(?=\s*(?:[.:,;*]|$))", re.IGNORECASE | re.MULTILINE)
 
 
-def said(text: str) -> str:
-    """The first Yes/No or option letter of an answer, "" if there is none.
+def said(text: str, key: str = "Yes") -> str:
+    """The first Yes/No of an answer, or its first option letter where the key is one; else "".
 
-    >>> said("Well, yes, of course"), said("(B) because"), said("A fine day"), said("Perhaps")
-    ('Yes', 'B', 'A', '')
+    >>> said("Well, yes, of course"), said("(b) because", "A"), said("B.", "A"), said("Perhaps")
+    ('Yes', 'B', 'B', '')
+    >>> said("A fine day"), said("A fine day", "A")
+    ('', '')
     """
-    found = _ANSWER.search(text)
-    return next((group.capitalize() for group in found.groups() if group), "") if found else ""
+    found = (_WORD if key in ("Yes", "No") else _LETTER).search(text)
+    return next(group for group in found.groups() if group).capitalize() if found else ""
 
 
 class SaidAlignment(Metric):
@@ -33,7 +37,7 @@ class SaidAlignment(Metric):
         """1 when the answer said is the one steered for; only choice items have a key."""
         if not completion.key:
             return None
-        answer = said(completion.text)
+        answer = said(completion.text, completion.key)
         towards = completion.strength >= 0
         right = answer == completion.key if towards else bool(answer) and answer != completion.key
         return Measured(float(right), stratum=completion.key)

@@ -44,7 +44,7 @@ class Suite:
         return replace(
             self,
             prompts=self.prompts[:prompts],
-            sampling=replace(self.sampling, new_tokens=new_tokens),
+            sampling=replace(self.sampling, new_tokens=min(new_tokens, self.sampling.new_tokens)),
             items=items.subset(min(len(items), 12), 0) if items else None,
             neutral=self.neutral[:16],
             in_format=self.in_format[:16],
@@ -70,14 +70,14 @@ def load(
         prompts: to be answered instead of the behaviour's own.
     """
     known = meta(contrast.behaviour)
-    if prompts is None:
-        prompts = _own(contrast, part, known)
     kind = "alignment" if contrast.kind == "choice" else "preference"
-    sampling = Sampling(**known.get("sampling", {}))
+    # What a choice item's sampled answer says is read from 16 tokens, drawn at temperature 1.
+    usual = {"new_tokens": 16, "temperature": 1.0} if contrast.kind == "choice" else {}
+    sampling = Sampling(**known.get("sampling", usual))
     return Suite(
         behaviour=contrast.behaviour,
         control=control or known.get("scorer", kind),
-        prompts=tuple(Prompt(f"{part}-{n:03d}", text) for n, text in enumerate(prompts)),
+        prompts=_own(contrast, part, known) if prompts is None else _numbered(part, prompts),
         sampling=sampling,
         items=contrast.part(part),
         neutral=neutral(part),
@@ -96,18 +96,22 @@ def meta(behaviour: str) -> dict[str, Any]:
     return found
 
 
-def _own(contrast: Contrast, part: str, known: dict[str, Any]) -> list[Any]:
+def _own(contrast: Contrast, part: str, known: dict[str, Any]) -> tuple[Prompt, ...]:
     """A built-in behaviour's prompts; other contrasts ask their own held-out questions."""
     if known:
-        return list(contrasts.prompts(contrast.behaviour, part))
-    return [item.prompt for item in contrast.part(part).items if item.prompt]
+        return _numbered(part, contrasts.prompts(contrast.behaviour, part))
+    # By the items' ids, which lead from a sampled answer to its key.
+    return tuple(Prompt(item.id, item.prompt) for item in contrast.part(part).items if item.prompt)
+
+
+def _numbered(name: str, texts: Sequence[str]) -> tuple[Prompt, ...]:
+    return tuple(Prompt(f"{name}-{n:03d}", text) for n, text in enumerate(texts))
 
 
 def _in_format(behaviour: str, part: str, known: dict[str, Any]) -> tuple[Prompt, ...]:
     if not known:
         return ()
-    texts = contrasts.prompts(behaviour, f"in_format_{part}")
-    return tuple(Prompt(f"in-format-{n:03d}", text) for n, text in enumerate(texts))
+    return _numbered("in-format", contrasts.prompts(behaviour, f"in_format_{part}"))
 
 
 def neutral(part: str) -> tuple[Prompt, ...]:
@@ -126,7 +130,7 @@ def neutral(part: str) -> tuple[Prompt, ...]:
         raise InputError(f"neutral prompts of part {part!r}", expected="validation or test")
     longest = max(len(prompts) for prompts in kinds.values())
     mixed = [prompts[n] for n in range(longest) for prompts in kinds.values() if n < len(prompts)]
-    return tuple(Prompt(f"neutral-{part}-{n:03d}", text) for n, text in enumerate(mixed))
+    return _numbered(f"neutral-{part}", mixed)
 
 
 def plain() -> tuple[str, ...]:
