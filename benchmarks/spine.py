@@ -310,7 +310,7 @@ def main() -> None:
         record = {
             "command": "python benchmarks/spine.py",
             "versions": _versions(),
-            "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
             "methods": names(),
             "figures": [f for p in known["parts"].values() for f in p["figures"]],
             "parts": known["parts"],

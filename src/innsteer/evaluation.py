@@ -73,7 +73,7 @@ class Sizes:
         return self.neutral_prompts < 100
 
 
-PREVIEW = Sizes(neutral_prompts=16, asides=0, long=(), trails=2, cloud=24)
+PREVIEW = Sizes(neutral_prompts=16, asides=0, long=(), trails=1, cloud=16)
 
 
 def compare(
@@ -403,7 +403,8 @@ class _Run:
     def _trail(self, arm: Arm, prompt: Prompt, completion: Completion) -> TokenTrail:
         reference = self.backend.forced([prompt])
         moved: list[float] = []
-        meter = self.backend.meter(reference, divergence=False)
+        sites = list(arm.edits[0].interventions)
+        meter = self.backend.meter(reference, sites, divergence=False)
         meter(arm.edits, displacement=moved)
         ids, start = reference.ids[0], reference.lengths[0]
         (edit,) = arm.edits

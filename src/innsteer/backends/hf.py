@@ -504,15 +504,10 @@ class Meter:
         return [found[i] for i in range(len(self.reference.ids))]
 
     def unsteered(self, *, kind: Kind = "neutral") -> list[Completion]:
-        """The same figures for the plain model: a divergence of 0."""
+        """The same figures for the plain model: a divergence of 0, nothing run again."""
         found: dict[int, Completion] = {}
         for part in self._batches:
-            if part.base is not None:
-                found |= self._completions(part, part.base, kind, None)
-                continue
-            with torch.inference_mode():
-                again = self._predict(part.order, part.ids, part.mask)
-            found |= self._completions(part, again, kind, None)
+            found |= self._completions(part, part.base, kind, None)
         return [found[i] for i in range(len(self.reference.ids))]
 
     def prompted(self, instruction: str, *, kind: Kind = "neutral") -> list[Completion]:
@@ -532,17 +527,18 @@ class Meter:
         return [found[i] for i in range(len(reference.ids))]
 
     def _completions(
-        self, part: "_Measured", steered: Tensor, kind: Kind, trace: Trace | None
+        self, part: "_Measured", steered: Tensor | None, kind: Kind, trace: Trace | None
     ) -> dict[int, Completion]:
-        """Completions of one batch from its steered log-probabilities."""
+        """Completions of one batch from its steered log-probabilities; None: the plain model's."""
         kl = None
         if part.base is not None:
+            other = part.base if steered is None else steered
             # Rounding can leave a KL of equal distributions a hair below 0.
-            kl = (part.base.exp() * (part.base - steered)).sum(-1).clamp_min(0).tolist()
+            kl = (part.base.exp() * (part.base - other)).sum(-1).clamp_min(0).tolist()
             best = part.base.max(-1)
             sure = best.values.exp().tolist()
-            same = (steered.argmax(-1) == best.indices).float().tolist()
-        own = self._own(part.order, steered).tolist()
+            same = (other.argmax(-1) == best.indices).float().tolist()
+        own = part.own.tolist() if steered is None else self._own(part.order, steered).tolist()
         base = part.own.tolist()
         found, place = {}, 0
         for row, i in enumerate(part.order):

@@ -31,4 +31,4 @@ class NeutralP99(Metric):
         tokens = sorted((m.value, m.weight, row) for row, item in enumerate(items) for m in item)
         values, weights, owners = (np.array(column) for column in zip(*tokens, strict=True))
         share = np.cumsum(times[:, owners] * weights, axis=1)
-        return values[(share >= 0.99 * share[:, -1:]).argmax(axis=1)]
+        return np.asarray(values[(share >= 0.99 * share[:, -1:]).argmax(axis=1)])

@@ -23,4 +23,4 @@ class Perplexity(Metric):
 
     def finish(self, means: np.ndarray) -> np.ndarray:
         """exp of the token-weighted means."""
-        return np.exp(np.minimum(means, 700.0))
+        return np.asarray(np.exp(np.minimum(means, 700.0)))

@@ -45,9 +45,9 @@ class Suite:
             self,
             prompts=self.prompts[:prompts],
             sampling=replace(self.sampling, new_tokens=min(new_tokens, self.sampling.new_tokens)),
-            items=items.subset(min(len(items), 12), 0) if items else None,
+            items=items.subset(min(len(items), 8), 0) if items else None,
             neutral=self.neutral[:16],
-            in_format=self.in_format[:16],
+            in_format=self.in_format[:8],
             plain=(),
         )
 

@@ -1,0 +1,95 @@
+"""The suite of a behaviour: what every arm is asked."""
+
+import pytest
+
+from innsteer import contrast
+from innsteer.contrast import Contrast
+from innsteer.errors import DataError, InputError, UnknownName
+from innsteer.suites import behaviour as suites
+from words import rows, yes_or_no
+
+@pytest.mark.parametrize("behaviour", contrast.names())
+def test_the_parts_of_a_built_in_suite_share_no_prompt(behaviour):
+    whole = Contrast.load(behaviour)
+    one, two = suites.load(whole, part="validation"), suites.load(whole, part="test")
+    for name in ("prompts", "neutral", "in_format"):
+        first, second = ({p.conversation for p in getattr(s, name)} for s in (one, two))
+        assert first and second and not first & second, name
+    assert not {i.group for i in one.items.items} & {i.group for i in two.items.items}
+    assert {i.split for i in two.items.items} == {"test"}
+    asked = [p.conversation for p in (*two.prompts, *two.neutral, *two.in_format)]
+    assert len(set(asked)) == len(asked)
+    assert not set(asked) & {item.prompt for item in whole.items}
+    assert two.instruction and two.plain
+    assert len(two.in_format) >= 100 <= len(two.neutral)
+
+
+@pytest.mark.parametrize(("part", "kinds"), [("validation", 6), ("test", 10)])
+def test_neutral_prompts_interleave_their_kinds(part, kinds):
+    known = {row["prompt"]: row["kind"] for row in suites._lines("neutral.jsonl")}
+    order = [known[prompt.conversation] for prompt in suites.neutral(part)]
+    assert len(set(order)) == kinds
+    for start in range(0, len(order), kinds):
+        assert len(set(order[start : start + kinds])) == kinds
+    assert len({prompt.item for prompt in suites.neutral(part)}) == len(order)
+
+
+def test_neutral_parts_hold_different_kinds():
+    kinds = {(row["part"], row["kind"]) for row in suites._lines("neutral.jsonl")}
+    assert len({kind for _, kind in kinds}) == len(kinds)
+
+
+def test_an_unknown_part_is_refused():
+    with pytest.raises(InputError, match="expected validation or test"):
+        suites.neutral("train")
+
+
+def test_a_missing_file_is_a_data_error(monkeypatch):
+    with pytest.raises(DataError, match=r"gone\.jsonl is missing"):
+        suites._lines("gone.jsonl")
+
+
+def test_own_data_are_asked_their_held_out_questions_by_the_items_ids():
+    suite = suites.load(Contrast.load(rows(), behaviour="mine"))
+    assert suite.control == "preference"
+    assert [(p.item, p.conversation) for p in suite.prompts] == [
+        (item.id, item.prompt) for item in suite.items.items
+    ]
+    assert suite.in_format == () and suite.instruction == ""
+
+
+def test_choices_are_sampled_as_said_alignment_reads_them():
+    suite = suites.load(Contrast.load(rows(yes_or_no), behaviour="mine"))
+    assert suite.control == "alignment"
+    assert (suite.sampling.new_tokens, suite.sampling.temperature) == (16, 1.0)
+    assert suite.preview().sampling.new_tokens == 16
+
+
+def test_what_is_given_takes_the_place_of_what_is_built_in():
+    suite = suites.load(
+        Contrast.load("formal"), prompts=["Hello?"], control="distinct", instruction="Be kind."
+    )
+    assert [p.conversation for p in suite.prompts] == ["Hello?"]
+    assert (suite.control, suite.instruction) == ("distinct", "Be kind.")
+
+
+def test_a_contrast_without_test_items_is_refused():
+    lone = Contrast.load(rows(parts=["train"]), behaviour="mine")
+    with pytest.raises(DataError, match="test part of 'mine' has 0 of 15 items"):
+        suites.load(lone)
+
+
+def test_only_built_in_behaviours_have_a_description():
+    assert suites.meta("formal")["scorer"] == "formality"
+    assert suites.meta("mine") == {}
+    with pytest.raises(UnknownName):
+        contrast.prompts("formal", "gone")
+
+
+def test_a_preview_is_a_small_part_of_the_whole():
+    whole = suites.load(Contrast.load("formal"))
+    small = whole.preview()
+    assert small.prompts == whole.prompts[:8] and small.neutral == whole.neutral[:16]
+    assert len(small.items) == 12 and small.plain == ()
+    assert small.sampling.new_tokens == 32
+    assert small.sampling.temperature == whole.sampling.temperature

@@ -1,0 +1,304 @@
+"""Tuning: recording, fitting, strength at a cost budget, and the choice of a layer."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from innsteer import tuning
+from innsteer.backends.base import Prompt, Sampling, silent
+from innsteer.backends.hf import HF
+from innsteer.calibration import BUDGET
+from innsteer.errors import BudgetError, DataError, InputError, MismatchError, UnknownName
+from innsteer.interventions import Shift
+from innsteer.site import Site, Where
+from innsteer.steerer import Interventions, get
+from innsteer.steering import Steering
+from innsteer.suites.behaviour import neutral
+from words import contrast, yes_or_no
+
+OPEN, CHOICE = contrast(), contrast(yes_or_no)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.tiny_language_model()
+
+
+@pytest.fixture(scope="module")
+def fitted(model):
+    return tuning.fit(model, OPEN, "diffmean", sites=[Site(1)])
+
+
+@pytest.fixture(autouse=True)
+def few_neutral_prompts(monkeypatch):
+    monkeypatch.setattr(tuning, "neutral", lambda part: neutral(part)[:12])
+
+
+@pytest.fixture(scope="module")
+def meter(model):
+    backend = HF(model)
+    reference = backend.reference(neutral("validation")[:8], Sampling(12, 1.0, 0))
+    return backend.meter(reference, [Site(1)])
+
+
+# --- record and fit ------------------------------------------------------------------------------
+
+
+def test_the_default_site_is_two_thirds_up(model):
+    class Deep:
+        layout = type("Layout", (), {"blocks": range(30)})
+
+    assert tuning.default_site(Deep) == Site(19)
+    assert tuning.default_site(model) == Site(1)
+    Deep.layout.blocks = range(1)
+    assert tuning.default_site(Deep) == Site(0)
+
+
+def test_rows_are_those_of_training_and_validation_and_never_of_the_test_part(model):
+    acts = tuning.record_parts(model, OPEN)
+    assert set(acts.rows.split) == {"train", "validation"}
+    test = {item.id for item in OPEN.test.items}
+    assert test and not test & set(acts.rows.item)
+    assert len(acts) == 2 * (len(OPEN) - len(test))
+    assert acts.sites == (tuning.default_site(model),)
+
+
+def test_open_answers_are_meaned_and_choices_read_at_their_last_token(model):
+    assert tuning.record_parts(model, OPEN).read == "mean"
+    assert tuning.record_parts(model, CHOICE).read == "last"
+    assert tuning.record_parts(model, OPEN, read="last").read == "last"
+
+
+def test_a_contrast_without_training_items_is_refused(model):
+    with pytest.raises(InputError, match="no training items"):
+        tuning.record_parts(model, contrast(parts=("validation", "test")))
+
+
+def test_a_fit_says_where_it_comes_from(model):
+    acts = tuning.record_parts(model, OPEN, [Site(2)])
+    steering = tuning.fit_rows(model, get("diffmean"), acts, where=Where("all"), seed=3)
+    found = steering.provenance
+    assert found["recording"] == acts.hash
+    assert found["contrast"] == acts.provenance["contrast"]
+    assert (found["read"], found["seed"], found["rows"]) == ("mean", 3, len(acts))
+    assert steering.base == model.fingerprint and steering.where == Where("all")
+    assert steering.behaviours == ("formal-ish",) and steering.resolve() == 1.0
+
+
+def test_fit_takes_a_name_with_fields_or_a_steerer(model, fitted):
+    same = tuning.fit(model, OPEN, get("diffmean"), sites=[Site(1)])
+    assert same.identity == fitted.identity
+    with pytest.raises(UnknownName, match="field of method 'diffmean'"):
+        tuning.fit(model, OPEN, "diffmean", hidden=3)
+
+
+def test_rows_of_another_model_are_refused(model):
+    acts = tuning.record_parts(tiny.tiny_language_model(seed=1), OPEN)
+    with pytest.raises(MismatchError, match="recorded on 'tiny-llama'.*another weights"):
+        tuning.fit_rows(model, get("diffmean"), acts)
+
+
+def test_a_layer_that_is_not_there_is_refused(model):
+    with pytest.raises(InputError, match="layer 99 of a model with 4 blocks"):
+        tuning.fit(model, OPEN, "diffmean", sites=[Site(99)])
+
+
+# --- strength ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [0.002, 0.02, BUDGET, 0.5])
+def test_the_search_spends_the_budget_to_three_percent(meter, fitted, budget):
+    strength = tuning._search(meter, fitted, budget, silent)
+    assert 0.97 * budget <= tuning._cost(meter, fitted, strength) <= budget
+
+
+def test_a_larger_budget_gives_a_larger_strength(meter, fitted):
+    found = [tuning._search(meter, fitted, budget, silent) for budget in (0.01, 0.05, 0.2)]
+    assert found == sorted(found) and found[0] < found[-1]
+
+
+class Priced:
+    """A meter of a made-up cost."""
+
+    def __init__(self, monkeypatch, cost):
+        self.asked = []
+
+        def priced(meter, steering, strength):
+            self.asked.append(strength)
+            return cost(strength)
+
+        monkeypatch.setattr(tuning, "_cost", priced)
+
+
+def test_the_search_needs_few_steps_where_the_cost_is_quadratic(monkeypatch):
+    priced = Priced(monkeypatch, lambda s: 0.003 * s * s)
+    strength = tuning._search(None, None, 0.1, silent)
+    assert 0.97 * 0.1 <= 0.003 * strength**2 <= 0.1
+    assert len(priced.asked) <= 3
+
+
+@pytest.mark.parametrize(
+    "cost",
+    [
+        lambda s: 0.0,
+        lambda s: 0.05 * (1 - math.exp(-s)),
+        lambda s: 7.0,
+        lambda s: math.nan,
+        lambda s: math.inf,
+    ],
+    ids=["zero", "saturates below", "never below", "nan", "inf"],
+)
+def test_a_cost_that_never_meets_the_budget_is_an_error(monkeypatch, cost):
+    Priced(monkeypatch, cost)
+    with pytest.raises(BudgetError, match=r"no strength of this steering spends 0\.1 nats"):
+        tuning._search(None, None, 0.1, silent)
+
+
+def test_a_cost_that_jumps_over_the_budget_gives_the_last_strength_below(monkeypatch):
+    Priced(monkeypatch, lambda s: 0.01 if s < 2.5 else 1.0)
+    assert tuning._search(None, None, 0.1, silent) == pytest.approx(2.5, rel=1e-3)
+
+
+def test_a_map_that_does_nothing_has_no_strength(model, meter):
+    site = Site(1)
+    none = Steering(get("diffmean"), Interventions({site: Shift(tiny.WIDTH)}), ("nothing",))
+    with pytest.raises(BudgetError, match="no strength of this steering spends"):
+        tuning._search(meter, none, BUDGET, silent)
+
+
+def test_a_check_on_too_few_prompts_fails_before_the_search(model, fitted, monkeypatch):
+    monkeypatch.setattr(tuning, "_search", None)
+    with pytest.raises(BudgetError, match="tokens of 12 prompts; expected at least 2000 tokens"):
+        tuning.tune(model, fitted, OPEN)
+
+
+def test_the_check_shrinks_strength_until_the_interval_lies_within_the_budget(meter, fitted):
+    from innsteer.metrics import get as metric
+
+    start = tuning._search(meter, fitted, 0.05, silent)
+    strength = tuning._check(meter, fitted, start, 0.05, silent)
+    assert 0 < strength < start
+    score = metric("neutral_cost").score(meter([fitted.edit(strength)]), level=0.9)
+    assert score.high <= 0.05
+
+
+def test_what_cannot_work_fails_before_any_work(model, fitted, monkeypatch):
+    monkeypatch.setattr(tuning, "HF", None)
+    for budget in (0, -1, math.nan, math.inf):
+        with pytest.raises(InputError, match="above 0"):
+            tuning.tune(model, fitted, OPEN, budget=budget)
+    with pytest.raises(DataError, match="validation part"):
+        tuning.tune(model, fitted, contrast(parts=("train",) * 4 + ("test",)))
+
+
+def test_tune_measures_a_curve_and_says_that_it_is_a_preview(model, fitted):
+    tuned = tuning.tune(
+        model, fitted, OPEN, preview=True, search_tokens=100, both_ways=True, fractions=(0.5, 1.0)
+    )
+    curve = tuned.calibration["formal-ish"]
+    assert curve.preview and curve.budget == BUDGET
+    strengths = [dose.strength for dose in curve.doses]
+    s = curve.strength
+    assert strengths == [-s, -s / 2, 0.0, s / 2, s]
+    plain = curve.doses[2]
+    assert (plain.nats, plain.displacement, plain.control) == (0, 0, 0.5)
+    assert 0.97 * BUDGET <= curve.at_budget.nats <= BUDGET
+    assert plain.nats < curve.doses[3].nats < curve.doses[4].nats
+    assert all(dose.low <= dose.nats <= dose.high for dose in curve.doses)
+    assert curve.doses[3].displacement == pytest.approx(curve.doses[4].displacement / 2, rel=1e-4)
+    assert tuned.resolve() == s and tuned.provenance["tuned_control"] == "preference"
+    assert tuned.identity == fitted.identity
+    assert fitted.calibration == {}
+
+
+def test_a_checked_strength_is_no_preview(model, fitted, monkeypatch):
+    monkeypatch.setattr(tuning, "neutral", lambda part: neutral(part)[:100])
+    real = Sampling
+    monkeypatch.setattr(tuning, "Sampling", lambda n, t, s: real(3, t, s))
+    tuned = tuning.tune(
+        model, fitted, CHOICE, search_tokens=60, check_tokens=200, fractions=(1.0,), seed=1
+    )
+    curve = tuned.calibration["formal-ish"]
+    assert not curve.preview and curve.tokens >= 200
+    assert tuned.provenance["tuned_control"] == "alignment"
+
+
+# --- control -------------------------------------------------------------------------------------
+
+
+def test_control_of_choices_is_the_answers_probability(model, fitted):
+    backend, items = HF(model), CHOICE.validation
+    edit = fitted.edit(2.0)
+    made = tuning.control(tuning.control_meter(backend, items, [Site(1)])([edit]), items)
+    prompts = [Prompt(i.id, i.prompt, (i.target, i.source)) for i in items.items]
+    for item, one, (match, other) in zip(
+        items.items, made, backend.score(prompts, [edit]), strict=True
+    ):
+        assert (one.kind, one.item, one.key) == ("choice", item.id, item.key)
+        assert one.values["match"][0] == pytest.approx(math.exp(sum(match)), rel=1e-4)
+        assert one.values["other"][0] == pytest.approx(math.exp(sum(other)), rel=1e-4)
+
+
+def test_control_of_pairs_is_the_shift_in_log_odds(model, fitted):
+    backend, items = HF(model), OPEN.validation
+    edit = fitted.edit(2.0)
+    made = tuning.control(tuning.control_meter(backend, items, [Site(1)])([edit]), items)
+    prompts = [Prompt(i.id, i.prompt, (i.target, i.source)) for i in items.items]
+    steered, plain = backend.score(prompts, [edit]), backend.score(prompts)
+    for one, after, before in zip(made, steered, plain, strict=True):
+        odds = [sum(side[0]) - sum(side[1]) for side in (after, before)]
+        assert one.kind == "pair" and one.key == ""
+        assert one.values["shift"][0] == pytest.approx(odds[0] - odds[1], abs=1e-3)
+    assert any(abs(one.values["shift"][0]) > 0.01 for one in made)
+
+
+def test_items_with_one_side_only_cannot_be_scored(model):
+    lone = replace(OPEN, items=tuple(replace(i, source=None) for i in OPEN.items))
+    with pytest.raises(InputError, match="no item with both sides"):
+        tuning.control_meter(HF(model), lone, [Site(1)])
+
+
+# --- layers --------------------------------------------------------------------------------------
+
+
+def test_the_layer_with_the_most_control_is_kept_and_the_table_recorded(model, monkeypatch):
+    chosen = tuning.choose_layer(model, OPEN, "diffmean", [Site(2), Site(0), Site(2)])
+    table = chosen.provenance["layers"]
+    assert list(table) == ["0.residual", "2.residual"]
+    assert str(next(iter(chosen.interventions))) == max(table, key=table.get)
+    own = tuning.fit(model, OPEN, "diffmean", sites=list(chosen.interventions))
+    assert torch.equal(
+        chosen.interventions.state_dict()[key := next(iter(own.interventions.state_dict()))],
+        own.interventions.state_dict()[key],
+    )
+
+
+@pytest.mark.parametrize("best", [0, 2])
+def test_the_choice_of_a_layer_follows_control_alone(model, monkeypatch, best):
+    def control(*args, **how):
+        site = next(iter(args[1].interventions))
+        return 0.9 if site.layer == best else 0.6
+
+    class Tuned:
+        def __init__(self, value):
+            self.behaviours = ("b",)
+            dose = type("Dose", (), {"control": value})
+            self.calibration = {"b": type("Curve", (), {"at_budget": dose})}
+
+    monkeypatch.setattr(tuning, "tune", lambda *args, **how: Tuned(control(*args, **how)))
+    chosen = tuning.choose_layer(model, OPEN, "diffmean", [Site(0), Site(2)])
+    assert tuple(chosen.interventions) == (Site(best),)
+    assert sorted(chosen.provenance["layers"].values()) == [0.6, 0.9]
+
+
+def test_no_layer_to_choose_from_is_refused(model):
+    with pytest.raises(InputError, match="no site to choose from"):
+        tuning.choose_layer(model, OPEN, "diffmean", [])
+
+
+def test_only_a_tuned_steering_has_doses(fitted):
+    with pytest.raises(InputError, match="not tuned"):
+        tuning.doses_of(fitted)
