@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from innsteer import evaluation, metrics, tuning
+from innsteer import evaluation, metrics, pages, tuning
 from innsteer.backends.base import Sampling
 from innsteer.backends.hf import HF
 from innsteer.calibration import Calibration, Dose
@@ -172,8 +172,18 @@ def test_an_instruction_costs_on_the_very_same_continuations(report):
         assert one.values["log_prob"] != other.values["log_prob"]
 
 
+def test_answers_are_read_by_the_unsteered_model_without_the_instruction(report, model, suite):
+    asked = {prompt.item: prompt for prompt in suite.prompts}
+    for one in report.completions:
+        if one.kind == "sample" and one.text:
+            prompt = replace(asked[one.item], answers=(one.text,))
+            ((expected,),) = HF(model).score([prompt])
+            assert one.values["base_log_prob"] == pytest.approx(expected, abs=1e-3)
+    assert "Be kind." in next(c.prompt for c in report.completions if c.arm == PROMPTED)
+
+
 def test_differences_are_paired_with_the_plain_model(report):
-    for name in ("perplexity", "preference", "distinct", "refusal", "over_refusal"):
+    for name in ("perplexity", "preference", "bits_per_byte", "refusal", "over_refusal"):
         metric = metrics.get(name)
         ours, plain = (
             [c for c in report.completions if c.arm == arm and c.kind == metric.kind]
@@ -235,6 +245,7 @@ def test_small_sizes_or_an_unchecked_strength_make_a_preview(report, model, suit
     bare = replace(suite, prompts=(), items=None, plain=(), in_format=())
     full = evaluation.evaluate(model, [Arm("a")], bare)
     assert not full.preview and not any("preview" in note.lower() for note in full.notes)
+    assert evaluation.evaluate(model, [Arm("a")], bare, sizes=SIZES).preview
 
 
 def test_a_card_holds_the_arms_own_figures_and_the_plain_models(report):
@@ -281,7 +292,14 @@ def test_clouds_hold_the_sides_before_and_after(report):
         "one: residual stream at 1.residual",
         "two: residual stream at 2.residual",
     }
-    assert {len(points) for cloud in report.clouds for points in cloud.points.values()} == {3}
+    for cloud in report.clouds:
+        # The page's own names: another one would have no colour.
+        assert set(cloud.groups) == set(pages.GROUPS)
+        assert {len(points) for points in cloud.groups.values()} == {3}
+        source, steered = (np.array(cloud.groups[name]) for name in ("source", "steered"))
+        # A constant shift moves every point alike.
+        assert np.ptp(steered - source, axis=0) == pytest.approx(0, abs=1e-4)
+        assert np.abs(steered - source).max() > 0.01
 
 
 def test_a_report_is_saved_and_read_back(report, tmp_path):

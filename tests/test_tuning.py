@@ -111,12 +111,17 @@ def test_a_layer_that_is_not_there_is_refused(model):
 
 @pytest.mark.parametrize("budget", [0.002, 0.02, BUDGET, 0.5])
 def test_the_search_spends_the_budget_to_three_percent(meter, fitted, budget):
-    strength = tuning._search(meter, fitted, budget, silent)
-    assert 0.97 * budget <= tuning._cost(meter, fitted, strength) <= budget
+    strength = tuning._search({"neutral_cost": meter}, fitted, budget, silent)
+    assert (
+        0.97 * budget <= tuning._worst({"neutral_cost": meter}, fitted, strength, "value") <= budget
+    )
 
 
 def test_a_larger_budget_gives_a_larger_strength(meter, fitted):
-    found = [tuning._search(meter, fitted, budget, silent) for budget in (0.01, 0.05, 0.2)]
+    found = [
+        tuning._search({"neutral_cost": meter}, fitted, budget, silent)
+        for budget in (0.01, 0.05, 0.2)
+    ]
     assert found == sorted(found) and found[0] < found[-1]
 
 
@@ -126,16 +131,16 @@ class Priced:
     def __init__(self, monkeypatch, cost):
         self.asked = []
 
-        def priced(meter, steering, strength):
+        def priced(costs, steering, strength, end):
             self.asked.append(strength)
             return cost(strength)
 
-        monkeypatch.setattr(tuning, "_cost", priced)
+        monkeypatch.setattr(tuning, "_worst", priced)
 
 
 def test_the_search_needs_few_steps_where_the_cost_is_quadratic(monkeypatch):
     priced = Priced(monkeypatch, lambda s: 0.003 * s * s)
-    strength = tuning._search(None, None, 0.1, silent)
+    strength = tuning._search({}, None, 0.1, silent)
     assert 0.97 * 0.1 <= 0.003 * strength**2 <= 0.1
     assert len(priced.asked) <= 3
 
@@ -154,19 +159,19 @@ def test_the_search_needs_few_steps_where_the_cost_is_quadratic(monkeypatch):
 def test_a_cost_that_never_meets_the_budget_is_an_error(monkeypatch, cost):
     Priced(monkeypatch, cost)
     with pytest.raises(BudgetError, match=r"no strength of this steering spends 0\.1 nats"):
-        tuning._search(None, None, 0.1, silent)
+        tuning._search({}, None, 0.1, silent)
 
 
 def test_a_cost_that_jumps_over_the_budget_gives_the_last_strength_below(monkeypatch):
     Priced(monkeypatch, lambda s: 0.01 if s < 2.5 else 1.0)
-    assert tuning._search(None, None, 0.1, silent) == pytest.approx(2.5, rel=1e-3)
+    assert tuning._search({}, None, 0.1, silent) == pytest.approx(2.5, rel=1e-3)
 
 
 def test_a_map_that_does_nothing_has_no_strength(model, meter):
     site = Site(1)
     none = Steering(get("diffmean"), Interventions({site: Shift(tiny.WIDTH)}), ("nothing",))
     with pytest.raises(BudgetError, match="no strength of this steering spends"):
-        tuning._search(meter, none, BUDGET, silent)
+        tuning._search({"neutral_cost": meter}, none, BUDGET, silent)
 
 
 def test_a_check_on_too_few_prompts_fails_before_the_search(model, fitted, monkeypatch):
@@ -178,8 +183,8 @@ def test_a_check_on_too_few_prompts_fails_before_the_search(model, fitted, monke
 def test_the_check_shrinks_strength_until_the_interval_lies_within_the_budget(meter, fitted):
     from innsteer.metrics import get as metric
 
-    start = tuning._search(meter, fitted, 0.05, silent)
-    strength = tuning._check(meter, fitted, start, 0.05, silent)
+    start = tuning._search({"neutral_cost": meter}, fitted, 0.05, silent)
+    strength = tuning._check({"neutral_cost": meter}, fitted, start, 0.05, silent)
     assert 0 < strength < start
     score = metric("neutral_cost").score(meter([fitted.edit(strength)]), level=0.9)
     assert score.high <= 0.05
@@ -302,3 +307,24 @@ def test_no_layer_to_choose_from_is_refused(model):
 def test_only_a_tuned_steering_has_doses(fitted):
     with pytest.raises(InputError, match="not tuned"):
         tuning.doses_of(fitted)
+
+
+def test_joint_tuning_holds_both_halves_to_the_budget(model, fitted, monkeypatch):
+    prompts = tuple(Prompt(f"in-format-{n}", text) for n, text in enumerate(("one two", "three")))
+    monkeypatch.setattr(tuning, "in_format", lambda behaviour, part: prompts)
+    backend = HF(model)
+    sites = list(fitted.interventions)
+    neutral = backend.meter(backend.reference(tuning.neutral("validation"), None), sites)
+    half = backend.meter(backend.reference(prompts, None), sites)
+    alone = tuning._search({"neutral_cost": neutral}, fitted, 0.05, silent)
+    costs = {"neutral_cost": neutral, "in_format_cost": half}
+    both = tuning._search(costs, fitted, 0.05, silent)
+    worst = max(
+        tuning._worst({name: meter}, fitted, both, "value") for name, meter in costs.items()
+    )
+    assert both <= alone and 0.97 * 0.05 <= worst <= 0.05
+
+
+def test_joint_tuning_of_a_behaviour_without_in_format_prompts_is_an_error(model, fitted):
+    with pytest.raises(InputError, match="in-format"):
+        tuning._in_format(HF(model), "of my own", list(fitted.interventions))

@@ -39,7 +39,9 @@ SEED = Annotated[int, typer.Option(help="Seed of every random choice.")]
 LAYERS = Annotated[
     str, typer.Option(help="Blocks, from 0: 19, 15,19,23 or 19.mlp; default: two thirds up.")
 ]
-READ = Annotated[str, typer.Option(help="Answer tokens that become rows: last, mean, all.")]
+READ = Annotated[
+    str, typer.Option(help="Answer tokens that become rows: last, mean, all, span:A:B.")
+]
 
 
 @app.command()
@@ -60,7 +62,7 @@ def record(
     with Bars(as_json) as progress:
         contrast = Contrast.load(data)
         language_model = _load(model)
-        acts = tuning.record_parts(language_model, contrast, sites, read=rule, progress=progress)
+        acts = tuning.record_parts(language_model, contrast, sites, **rule, progress=progress)
         acts.save(folder)
     found = {
         "folder": str(folder),
@@ -106,10 +108,10 @@ def fit(
     from innsteer.site import Where
     from innsteer.steerer import get
 
-    steerer = get(method, **fields)
+    steerer = get(method, **_typed(type(get(method)), fields))
     place = Where.parse(where)
     sites, rule = _sites(layers), _read(read)
-    if rows and rule:
+    if rows and read:
         raise InputError(f"--read {read} beside --rows", remedy="the rows were read already")
     with Bars(as_json) as progress:
         contrast = Contrast.load(data)
@@ -127,7 +129,7 @@ def fit(
                 contrast,
                 steerer,
                 sites,
-                read=rule,
+                **rule,
                 where=place,
                 seed=seed,
                 progress=progress,
@@ -138,7 +140,7 @@ def fit(
                 contrast,
                 steerer,
                 sites=sites,
-                read=rule,
+                **rule,
                 where=place,
                 seed=seed,
                 progress=progress,
@@ -155,6 +157,7 @@ def tune(
     model: MODEL = "",
     budget: Annotated[float, typer.Option(help="Cost budget, nats per token.")] = 0.0953,
     both_ways: Annotated[bool, typer.Option(help="Measure negative strengths too.")] = False,
+    joint: Annotated[bool, typer.Option(help="Hold the in-format cost to the budget too.")] = False,
     preview: Annotated[bool, typer.Option(help="Skip the last check on 2,000 tokens.")] = False,
     seed: SEED = 0,
     as_json: JSON = False,
@@ -175,6 +178,7 @@ def tune(
             contrast,
             budget=budget,
             both_ways=both_ways,
+            joint=joint,
             preview=preview,
             seed=seed,
             progress=progress,
@@ -434,12 +438,21 @@ def _sites(text: str) -> list[Any]:
     return [Site.parse(part.strip()) for part in text.split(",") if part.strip()]
 
 
-def _read(text: str) -> Any:
+def _read(text: str) -> dict[str, Any]:
+    """The read rule: a name, or span:START:STOP counted from the answer's first token."""
     from innsteer.activations import READS
+    from innsteer.errors import InputError
 
-    if text and text not in READS:
-        raise UnknownName("read rule", text, READS)
-    return text or None
+    name, *ends = text.split(":")
+    if name and name not in READS:
+        raise UnknownName("read rule", name, READS)
+    if (name == "span") != bool(ends):
+        raise InputError(f"--read {text!r}", expected="last, mean, all or span:START:STOP")
+    try:
+        start, stop = ends or ("", "")
+        return {"read": name or None, "span": (int(start or 0), int(stop) if stop else None)}
+    except ValueError:
+        raise InputError(f"--read {text!r}", expected="span:START:STOP, two numbers") from None
 
 
 def _fields(method: str, pairs: list[str]) -> dict[str, Any]:
@@ -458,6 +471,25 @@ def _fields(method: str, pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             found[name] = value
     return found
+
+
+def _typed(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields in the types that the method declares; names that it does not know stay."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from innsteer.errors import InputError
+
+    try:
+        typed: Any = TypeAdapter(kind).validate_python(fields)
+    except ValidationError as error:
+        first = error.errors()[0]
+        # The method's own refusal is its own message.
+        own = first.get("ctx", {}).get("error")
+        if isinstance(own, InnsteerError):
+            raise own from None
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"--set {place}={first['input']}: {first['msg']}") from None
+    return {name: getattr(typed, name, value) for name, value in fields.items()}
 
 
 def _facts(steering: Any, folder: Path) -> dict[str, Any]:
@@ -527,11 +559,13 @@ def main() -> NoReturn:
     except InnsteerError as error:
         _fail(error, error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted; nothing half-written was left", 130)
+        code = 130
     except UsageError as error:
         if not (message := error.format_message()):  # no argument at all: the help was printed
             sys.exit(2)
         _fail(message, 2)
+    if code == 130:
+        _fail("interrupted; nothing half-written was left", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

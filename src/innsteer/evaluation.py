@@ -15,6 +15,7 @@ from innsteer import __version__, metrics
 from innsteer.activations import Activations
 from innsteer.backends.base import Completion, Progress, Prompt, Sampling, silent
 from innsteer.backends.hf import HF, Meter, instruct
+from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError
 from innsteer.interventions import Edit, Shift
 from innsteer.models import LanguageModel
@@ -212,6 +213,7 @@ def evaluate(
             if steering.provenance.get("diagnostics")
         },
         notes=tuple(_notes(arms, steerings, figures, preview)),
+        dose_control=control_metric(suite.items) if suite.items else "",
     )
 
 
@@ -301,10 +303,24 @@ class _Run:
         return found
 
     def items(self, arms: Sequence[Arm], sites: Sequence[Site]) -> list[Completion]:
-        """Held-out items, scored teacher-forced."""
-        if self.suite.items is None:
-            return []
-        meter = control_meter(self.backend, self.suite.items, sites)
+        """Held-out items of the behaviour and of others, scored teacher-forced."""
+        found = self._score(arms, sites, self.suite.items) if self.suite.items else []
+        for other in self.suite.others:
+            found += [
+                replace(
+                    completion,
+                    kind="other",
+                    key=other.behaviour,
+                    item=f"{other.behaviour}/{completion.item}",
+                )
+                for completion in self._score(arms, sites, other)
+            ]
+        return found
+
+    def _score(
+        self, arms: Sequence[Arm], sites: Sequence[Site], items: Contrast
+    ) -> list[Completion]:
+        meter = control_meter(self.backend, items, sites)
         found: list[Completion] = []
         for n, arm in enumerate(arms):
             self.progress("items", n, len(arms))
@@ -312,7 +328,7 @@ class _Run:
                 scored = meter.prompted(arm.instruction)
             else:
                 scored = meter(arm.edits) if arm.edit else meter.unsteered()
-            made = control(scored, self.suite.items)
+            made = control(scored, items)
             found += [completion.by(arm.name, arm.strength) for completion in made]
         self.progress("items", len(arms), len(arms))
         return found
@@ -448,26 +464,16 @@ def _figures(arms: Sequence[Arm], suite: Suite, completions: Sequence[Completion
             found.append(
                 Figure(arm.name, name, arm.strength, score.value, score.low, score.high, *common)
             )
-            # Costs are taken against the plain model already.
-            if arm is arms[0] or metric.kind in ("neutral", "in_format"):
-                continue
-            gap = metric.difference(by_arm[arm.name], by_arm[arms[0].name])
-            if gap is not None:
-                found.append(
-                    Figure(
-                        arm.name,
-                        name,
-                        arm.strength,
-                        gap.value,
-                        gap.low,
-                        gap.high,
-                        gap.n,
-                        metric.unit,
-                        metric.better,
-                        gap.level,
-                        arms[0].name,
-                    )
-                )
+            # Costs are taken against the plain model already; control also against each rival.
+            others = [] if metric.kind in ("neutral", "in_format") else [arms[0]]
+            if name == suite.control:
+                others += arms[1:]
+            for other in others:
+                gap = metric.difference(by_arm[arm.name], by_arm[other.name])
+                if other is arm or gap is None:
+                    continue
+                apart = (gap.value, gap.low, gap.high, gap.n, metric.unit, metric.better, gap.level)
+                found.append(Figure(arm.name, name, arm.strength, *apart, other.name))
     return found
 
 
@@ -510,7 +516,7 @@ def _clouds(name: str, steering: Steering, acts: Activations, site: Site) -> lis
             groups = {
                 "source": place(source),
                 "target": place(target),
-                "source, steered": place(steered),
+                "steered": place(steered),
             }
         plane = PCA(2, random_state=0).fit(torch.cat([groups["source"], groups["target"]]).numpy())
         shares = [

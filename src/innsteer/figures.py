@@ -97,6 +97,7 @@ MEASURES = {
     "said_alignment": ("said alignment", "sampled answers that say the one steered for"),
     "answer_mass": ("answer mass", "both offered answers' share of the whole distribution"),
     "preference": ("preference", "probability of the target answer over the source answer"),
+    "interference": ("interference", "preference on other behaviours; 50 % = untouched"),
     "neutral_cost": ("neutral cost", "divergence from the unsteered model on neutral prompts"),
     "neutral_p99": ("neutral cost, 99th percentile", "the same at the worst 1 % of tokens"),
     "in_format_cost": ("in-format cost", "divergence where only the wording is the behaviour's"),

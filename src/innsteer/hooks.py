@@ -346,9 +346,8 @@ def _check(layout: Layout, edits: Sequence[Edit]) -> None:
         for site, part in edit.interventions.items():
             layout.at(site)  # refuses a layer or a stream that this model does not have
             width = layout.width_of(site)
-            own = getattr(part, "width", width)
-            if own != width:
+            if part.width != width:
                 raise InputError(
-                    f"steering of width {own} at site {site}, where this model has {width}",
+                    f"steering of width {part.width} at site {site}, where this model has {width}",
                     remedy="it was fitted on another model; fit it on this one",
                 )

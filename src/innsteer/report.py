@@ -56,6 +56,7 @@ class Report:
             points; ``neither`` is read as higher.
         budget: cost budget, nats per token. preview: demo size, said visibly.
         context: model, sites, versions, machine, seed, command, sizes, seconds per stage.
+        dose_control: the metric in ``doses``, where that is not ``control``.
         arms: in the order to show them. diagnostics: arm -> name -> figure.
         notes: caveats to print.
     """
@@ -74,6 +75,7 @@ class Report:
     completions: tuple[Completion, ...] = ()
     diagnostics: Mapping[str, Mapping[str, Number]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    dose_control: str = ""
 
     def figure(self, arm: str, metric: str, against: str = "") -> Figure | None:
         """An arm's figure, or its difference from the arm ``against``."""
@@ -207,7 +209,11 @@ class Report:
         from plotly.offline import get_plotlyjs
 
         drawn = pages.plots(
-            self.doses, self.figures, self.arms, control=self.control, budget=self.budget
+            self.doses,
+            self.figures,
+            self.arms,
+            control=self.dose_control or self.control,
+            budget=self.budget,
         )
         drawn += pages.cloud_plots(self.clouds)
         scripts = [get_plotlyjs(), _part("report.js")] if drawn else [_part("report.js")]

@@ -25,8 +25,10 @@ class Intervention(nn.Module, ABC):
 
     h' = h + displacement(h, coef). Subclasses write ``displacement``; ``forward`` keeps the laws:
     rows whose coefficients are all 0, and rows that are not finite, come back bit for bit; shape,
-    dtype and device are kept; nothing happens in place.
+    dtype and device are kept; nothing happens in place. ``width`` is d; subclasses set it.
     """
+
+    width: int
 
     def forward(self, h: Tensor, coef: Tensor) -> Tensor:
         """Steer rows.

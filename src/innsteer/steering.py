@@ -171,7 +171,7 @@ class Steering:
             "method": self.steerer.name,
             "config": _config(self.steerer),
             "sites": [str(site) for site in self.interventions],
-            "widths": [_width(self.interventions, site) for site in self.interventions],
+            "widths": [part.width for _, part in self.interventions.items()],
             "sizes": self.interventions.sizes,
             "where": str(self.where),
             "behaviours": list(self.behaviours),
@@ -182,10 +182,13 @@ class Steering:
     def identity(self) -> str:
         """SHA-256 of recipe and tensors: salts caches and stands on receipts.
 
-        Times, machine, calibration and evaluation are not part of it, so the same fit has the same
-        identity; the seal covers those.
+        Times, machine, calibration, evaluation and the path that the base model came from are not
+        part of it, so the same fit has the same identity; the seal covers those.
         """
-        digest = hashlib.sha256(canonical(self.recipe))
+        recipe = self.recipe
+        if recipe["base"]:
+            recipe["base"].pop("name")
+        digest = hashlib.sha256(canonical(recipe))
         for name, tensor in sorted(self.interventions.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
             # Bytes, because numpy knows no bfloat16.
@@ -294,13 +297,6 @@ def _config(steerer: Steerer) -> dict[str, Any]:
         asdict(steerer)  # type: ignore[call-overload]
     )
     return asdict(typed)  # type: ignore[call-overload,no-any-return]
-
-
-def _width(interventions: Interventions, site: Site) -> int:
-    """A site's width, from the map itself."""
-    part = interventions[site]
-    shifts = getattr(part, "shifts", None)
-    return int(getattr(part, "width", shifts.shape[-1] if shifts is not None else 0))
 
 
 class _Header(BaseModel):

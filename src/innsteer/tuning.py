@@ -18,13 +18,15 @@ from innsteer.errors import BudgetError, InputError, MismatchError
 from innsteer.fingerprint import Fingerprint
 from innsteer.metrics import get as metric
 from innsteer.models import LanguageModel
-from innsteer.site import Site, Where
+from innsteer.site import Site, Span, Where
 from innsteer.steerer import Steerer, get
 from innsteer.steering import Steering
-from innsteer.suites.behaviour import neutral
+from innsteer.suites.behaviour import in_format, neutral
 
 STAGES = 8
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.5)
+Costs = Mapping[str, Meter]
+"""Halves of the cost by their metric's name."""
 
 
 def default_site(model: LanguageModel) -> Site:
@@ -41,6 +43,7 @@ def record(
     sites: Sequence[Site] = (),
     *,
     read: Read | None = None,
+    span: Span = (0, None),
     progress: Progress = silent,
 ) -> Activations:
     """Activations of a contrast's two sides.
@@ -48,11 +51,11 @@ def record(
     Args:
         sites: where; default: one site two thirds up.
         read: which answer tokens become rows; default: their ``mean`` for open answers, ``last``
-            for choices.
+            for choices. span: those of ``span``, half-open, counted from the answer's first token.
     """
     chosen = read or ("last" if contrast.kind == "choice" else "mean")
     where = sites or (default_site(model),)
-    return HF(model).record(contrast, where, read=chosen, progress=progress)
+    return HF(model).record(contrast, where, read=chosen, span=span, progress=progress)
 
 
 def fit(
@@ -62,6 +65,7 @@ def fit(
     *,
     sites: Sequence[Site] = (),
     read: Read | None = None,
+    span: Span = (0, None),
     where: Where = Where(),  # noqa: B008
     seed: int = 0,
     progress: Progress = silent,
@@ -82,7 +86,7 @@ def fit(
         UnknownName: no such method or field.
     """
     steerer = get(method, **fields) if isinstance(method, str) else method
-    acts = record_parts(model, contrast, sites, read=read, progress=progress)
+    acts = record_parts(model, contrast, sites, read=read, span=span, progress=progress)
     return fit_rows(model, steerer, acts, where=where, seed=seed, progress=progress)
 
 
@@ -133,6 +137,7 @@ def record_parts(
     sites: Sequence[Site] = (),
     *,
     read: Read | None = None,
+    span: Span = (0, None),
     progress: Progress = silent,
 ) -> Activations:
     """Rows of the training part and, for early stopping, of the validation part; never of test."""
@@ -142,7 +147,7 @@ def record_parts(
             f"contrast {contrast.behaviour!r} has no training items", expected="at least two"
         )
     part = replace(contrast, items=tuple(kept))
-    return record(model, part, sites, read=read, progress=progress)
+    return record(model, part, sites, read=read, span=span, progress=progress)
 
 
 # --- control and cost ----------------------------------------------------------------------------
@@ -203,6 +208,7 @@ def tune(
     control_items: int = 48,
     fractions: Sequence[float] = FRACTIONS,
     both_ways: bool = False,
+    joint: bool = False,
     preview: bool = False,
     seed: int = 0,
     progress: Progress = silent,
@@ -219,10 +225,12 @@ def tune(
         contrast: control is measured on its validation part.
         budget: nats per token. fractions: of the found strength, for the curve.
         both_ways: measure negative strengths too.
+        joint: hold the in-format half of the cost to the budget as well, on the behaviour's own
+            in-format validation prompts.
         preview: leave the last check out, and say so in the artifact.
 
     Raises:
-        InputError: a budget that is not above 0.
+        InputError: a budget that is not above 0; ``joint`` without in-format prompts.
         BudgetError: no strength in 1e-4 .. 1e4 spends the budget, or the check cannot be met.
     """
     if not 0 < budget < math.inf:
@@ -243,11 +251,13 @@ def tune(
             expected=f"at least {check_tokens} tokens of 100 prompts",
         )
     search = backend.meter(whole.part(search_tokens), sites)
-    strength = _search(search, steering, budget, progress)
+    halves: Costs = {"in_format_cost": _in_format(backend, behaviour, sites)} if joint else {}
+    strength = _search({"neutral_cost": search, **halves}, steering, budget, progress)
     tokens = search.reference.tokens
     if not preview:
         check = backend.meter(whole, sites)
-        strength = _check(check, steering, strength, budget, progress)
+        costs = {"neutral_cost": check, **halves}
+        strength = _check(costs, steering, strength, budget, progress)
         tokens = check.reference.tokens
     scored = control_meter(backend, held, sites)
     signs = (1.0, -1.0) if both_ways else (1.0,)
@@ -259,23 +269,40 @@ def tune(
     progress("dose-response", len(grid), len(grid))
     ordered = tuple(sorted(doses, key=lambda dose: dose.strength))
     curve = Calibration(ordered, budget, strength, tokens, preview)
-    return steering.tuned({behaviour: curve}, tuned_control=control_metric(held))
+    notes = {"tuned_control": control_metric(held), "tuned_costs": ["neutral_cost", *halves]}
+    return steering.tuned({behaviour: curve}, **notes)
 
 
-def _cost(meter: Meter, steering: Steering, strength: float) -> float:
-    score = metric("neutral_cost")
-    measured = [score.measure(c) for c in meter([steering.edit(strength)])]
-    total = sum(m.value * m.weight for m in measured if m)
-    return total / sum(m.weight for m in measured if m)
+def _in_format(backend: HF, behaviour: str, sites: Sequence[Site]) -> Meter:
+    """The in-format half of the cost, on validation prompts."""
+    prompts = in_format(behaviour, "validation")
+    if not prompts:
+        raise InputError(
+            f"joint tuning of {behaviour!r}, which has no in-format prompts",
+            expected="a built-in behaviour",
+            remedy="tune on the neutral cost alone",
+        )
+    return backend.meter(backend.reference(prompts, None), sites)
 
 
-def _search(meter: Meter, steering: Steering, budget: float, progress: Progress) -> float:
-    """The strength whose neutral cost is within 3 % under the budget, by secant with a bracket."""
+def _worst(costs: Costs, steering: Steering, strength: float, end: str) -> float:
+    """The worse half's cost at a strength: its ``value``, or the ``high`` end of its interval."""
+    edits = [steering.edit(strength)]
+    scores = []
+    for name, meter in costs.items():
+        score = metric(name).score(meter(edits, kind=metric(name).kind), level=0.9)
+        assert score is not None
+        scores.append(getattr(score, end))
+    return float(max(scores))
+
+
+def _search(costs: Costs, steering: Steering, budget: float, progress: Progress) -> float:
+    """The strength whose cost is within 3 % under the budget, by secant with a bracket."""
     low, high = 0.0, math.inf
     strength, spent = 1.0, 0.0
     for step in range(20):
         progress("search", min(step, STAGES), STAGES)
-        cost = _cost(meter, steering, strength)
+        cost = _worst(costs, steering, strength, "value")
         if cost <= budget:
             low, spent = strength, cost
         else:
@@ -302,7 +329,7 @@ def _search(meter: Meter, steering: Steering, budget: float, progress: Progress)
 
 
 def _check(
-    meter: Meter,
+    costs: Costs,
     steering: Steering,
     strength: float,
     budget: float,
@@ -311,14 +338,13 @@ def _check(
     """Shrink until the upper end of the cost's 90 % interval is within the budget."""
     for step in range(8):
         progress("check", step, 8)
-        score = metric("neutral_cost").score(meter([steering.edit(strength)]), level=0.9)
-        assert score is not None
-        if score.high <= budget:
+        high = _worst(costs, steering, strength, "high")
+        if high <= budget:
             progress("check", 8, 8)
             return strength
-        strength *= math.sqrt(0.97 * budget / score.high)
+        strength *= math.sqrt(0.97 * budget / high)
     raise BudgetError(
-        f"the neutral cost stays above {budget} nats at every strength tried",
+        f"the cost stays above {budget} nats at every strength tried",
         remedy="fit with more data, or raise the budget",
     )
 
@@ -346,6 +372,7 @@ def choose_layer(
     *,
     budget: float = BUDGET,
     read: Read | None = None,
+    span: Span = (0, None),
     where: Where = Where(),  # noqa: B008
     seed: int = 0,
     progress: Progress = silent,
@@ -359,7 +386,7 @@ def choose_layer(
         raise InputError("no site to choose from", expected="at least one")
     steerer = get(method, **fields) if isinstance(method, str) else method
     sites = sorted(set(sites))
-    rows = record_parts(model, contrast, sites, read=read, progress=progress)
+    rows = record_parts(model, contrast, sites, read=read, span=span, progress=progress)
     backend = HF(model)
     tried: list[tuple[float, Steering]] = []
     for site in sites:

@@ -2,16 +2,17 @@
 
 import random
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 
 from innsteer import metrics
-from innsteer.backends.base import Completion
+from innsteer.backends.base import Completion, Kind
 from innsteer.errors import UnknownName
 from innsteer.metrics.base import Measured, Metric, Score
 
-KINDS = ("sample", "choice", "pair", "neutral", "in_format", "plain", "aside", "long")
+KINDS = get_args(Kind)
 TEXTS = (
     "Yes. A lovely, quiet room, and the bed was soft.",
     "No, it's a dull and broken thing; I can't help with that.",
@@ -51,7 +52,7 @@ def sample_for(metric, items=9, seeds=1, start=0):
     ]
 
 
-# --- the laws, each as a function, so that a broken copy can be held against it --------------------
+# --- the laws, each as a function, so that a broken copy can be held against it ------------------
 
 
 def is_labelled(metric):

@@ -77,8 +77,8 @@ def parts(name: str, k: int) -> Iterator[Intervention]:
 
 
 def width_of(part: Intervention) -> int:
-    """The width of a part, read off any of its shifts."""
-    return part.shifts.shape[-1]
+    """The width of a part."""
+    return part.width
 
 
 def rows(width: int, *, count: int = 9, seed: int = 5) -> Tensor:
@@ -343,6 +343,7 @@ class Broken(Intervention):
 
     def __init__(self, width: int = 7, k: int = 1) -> None:
         super().__init__()
+        self.width = width
         self.register_buffer("shifts", torch.ones(k, width))
 
     def displacement(self, h: Tensor, coef: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from innsteer.errors import DataError, InputError, UnknownName
 from innsteer.suites import behaviour as suites
 from words import rows, yes_or_no
 
+
 @pytest.mark.parametrize("behaviour", contrast.names())
 def test_the_parts_of_a_built_in_suite_share_no_prompt(behaviour):
     whole = Contrast.load(behaviour)
@@ -90,6 +91,6 @@ def test_a_preview_is_a_small_part_of_the_whole():
     whole = suites.load(Contrast.load("formal"))
     small = whole.preview()
     assert small.prompts == whole.prompts[:8] and small.neutral == whole.neutral[:16]
-    assert len(small.items) == 12 and small.plain == ()
+    assert 2 <= len(small.items) < len(whole.items) and small.plain == ()
     assert small.sampling.new_tokens == 32
     assert small.sampling.temperature == whole.sampling.temperature

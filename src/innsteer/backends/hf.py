@@ -453,13 +453,15 @@ class Meter:
                 with self._tap() as held:
                     base = self._predict(index, ids, mask, cache)
                 prefix = ids.shape[1] - max(map(self._count, index)) - 1
+                tokens = self._tokens(index, base)
                 self._batches.append(
                     _Measured(
                         index,
                         ids,
                         mask,
                         base if divergence else None,
-                        self._own(index, base),
+                        tokens,
+                        base.gather(-1, tokens).squeeze(-1),
                         held[0] if held else None,
                         _past(cache, prefix),
                         max(prefix, 0) if cache is not None else 0,
@@ -538,7 +540,9 @@ class Meter:
             best = part.base.max(-1)
             sure = best.values.exp().tolist()
             same = (other.argmax(-1) == best.indices).float().tolist()
-        own = part.own.tolist() if steered is None else self._own(part.order, steered).tolist()
+        own = part.own.tolist()
+        if steered is not None:
+            own = steered.gather(-1, part.tokens).squeeze(-1).tolist()
         base = part.own.tolist()
         found, place = {}, 0
         for row, i in enumerate(part.order):
@@ -583,15 +587,14 @@ class Meter:
             parts.append(logits[row, -count:] if bare else logits[row, -count - 1 : -1])
         return torch.cat(parts).float().log_softmax(-1)
 
-    def _own(self, index: Sequence[int], log_probs: Tensor) -> Tensor:
-        """Log-probabilities of the response tokens; of a bare prompt, the best token's."""
+    def _tokens(self, index: Sequence[int], log_probs: Tensor) -> Tensor:
+        """Response tokens ``[predicted tokens, 1]``; after a bare prompt, the base's best one."""
         reference, tokens, place = self.reference, [], 0
         for i in index:
             answer = list(reference.ids[i][reference.lengths[i] :])
             tokens += answer or [int(log_probs[place].argmax())]
             place += self._count(i)
-        chosen = torch.tensor(tokens, device=log_probs.device).unsqueeze(-1)
-        return log_probs.gather(-1, chosen).squeeze(-1)
+        return torch.tensor(tokens, device=log_probs.device).unsqueeze(-1)
 
     @contextmanager
     def _tap(self) -> Iterator[list[Any]]:
@@ -636,6 +639,7 @@ class _Measured(NamedTuple):
     ids: Tensor
     mask: Tensor
     base: Tensor | None
+    tokens: Tensor
     own: Tensor
     held: Any
     past: list[tuple[Tensor, Tensor]]

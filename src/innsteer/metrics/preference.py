@@ -1,8 +1,9 @@
 """Preference: how far steering moves open answers from the source side to the target side."""
 
 import math
+from typing import ClassVar
 
-from innsteer.backends.base import Completion
+from innsteer.backends.base import Completion, Kind
 from innsteer.metrics.base import Measured, Metric
 
 
@@ -13,7 +14,7 @@ class Preference(Metric):
     carries both totals: ``shift`` = that difference of differences, in nats.
     """
 
-    kind = "pair"
+    kind: ClassVar[Kind] = "pair"
     unit = "probability"
     better = "higher"
 

@@ -145,6 +145,10 @@ class INNSteer(Steerer):
                 # "not >=" so that NaN is refused too
                 if not least <= getattr(self, name) < math.inf:
                     raise InputError(f"{name}={getattr(self, name)}", expected=f">= {least}")
+        # An artifact names these too: a hostile one must not make us build a giant.
+        for name, most in {"couplings": 64, "depth": 16, "hidden": 65_536}.items():
+            if getattr(self, name) > most:
+                raise InputError(f"{name}={getattr(self, name)}", expected=f"<= {most}")
         for name in ("s_max", "learning_rate", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)}", expected="a positive number")

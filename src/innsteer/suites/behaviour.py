@@ -25,6 +25,7 @@ class Suite:
         plain: held-out plain texts, for bits per byte.
         instruction: what the prompt-only arm adds; "" where nobody wrote one.
         neutral_tokens: response tokens per neutral prompt.
+        others: items of other behaviours, for what else moves.
     """
 
     behaviour: str
@@ -37,6 +38,7 @@ class Suite:
     plain: tuple[str, ...] = ()
     instruction: str = ""
     neutral_tokens: int = 24
+    others: tuple[Contrast, ...] = ()
 
     def preview(self, *, prompts: int = 8, new_tokens: int = 32) -> "Suite":
         """A small version whose figures are a foretaste, not a measurement."""
@@ -49,6 +51,7 @@ class Suite:
             neutral=self.neutral[:16],
             in_format=self.in_format[:8],
             plain=(),
+            others=(),
         )
 
 
@@ -81,9 +84,14 @@ def load(
         sampling=sampling,
         items=contrast.part(part),
         neutral=neutral(part),
-        in_format=_in_format(contrast.behaviour, part, known),
+        in_format=in_format(contrast.behaviour, part),
         plain=plain(),
         instruction=instruction or known.get("instruction", ""),
+        others=tuple(
+            contrasts.Contrast.load(name).part(part)
+            for name in contrasts.names()
+            if name != contrast.behaviour
+        ),
     )
 
 
@@ -108,10 +116,12 @@ def _numbered(name: str, texts: Sequence[str]) -> tuple[Prompt, ...]:
     return tuple(Prompt(f"{name}-{n:03d}", text) for n, text in enumerate(texts))
 
 
-def _in_format(behaviour: str, part: str, known: dict[str, Any]) -> tuple[Prompt, ...]:
-    if not known:
+def in_format(behaviour: str, part: str) -> tuple[Prompt, ...]:
+    """Prompts in a built-in behaviour's own wording that it does not concern; () for others."""
+    if not meta(behaviour):
         return ()
-    return _numbered("in-format", contrasts.prompts(behaviour, f"in_format_{part}"))
+    texts = contrasts.prompts(behaviour, f"in_format_{part}")
+    return tuple(Prompt(f"in-format-{n:03d}", text) for n, text in enumerate(texts))
 
 
 def neutral(part: str) -> tuple[Prompt, ...]:

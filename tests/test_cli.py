@@ -1,0 +1,370 @@
+"""The command line: every verb, its next command, its JSON, its errors and exit codes."""
+
+import json
+import shlex
+import subprocess
+import sys
+
+import pytest
+from typer.main import get_command
+
+import tiny
+from innsteer import cli, demo, evaluation, tuning
+from innsteer.backends import hf
+from innsteer.contrast import Contrast
+from innsteer.steering import Steering
+from innsteer.suites import behaviour as suites
+from words import rows
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a saved model, another model, data, a recording, and a tuned steering."""
+    home = tmp_path_factory.mktemp("a home")
+    for name, seed in (("model", 0), ("other", 1)):
+        tiny.tiny_model(seed=seed).save_pretrained(home / name)
+        tiny.tiny_tokenizer().save_pretrained(home / name)
+    lines = (json.dumps(row) for row in rows())
+    (home / "mine.jsonl").write_text("\n".join(lines))
+    return home
+
+
+@pytest.fixture(autouse=True)
+def in_the_home(home, monkeypatch):
+    """Few neutral prompts and short answers, from within the home."""
+    few = {part: suites.neutral(part)[:6] for part in ("validation", "test")}
+    monkeypatch.chdir(home)
+    monkeypatch.setattr(tuning, "neutral", few.get)
+    monkeypatch.setattr(suites, "neutral", few.get)
+    monkeypatch.setattr(suites.Suite, "neutral_tokens", 4)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    def run(*words):
+        monkeypatch.setattr(sys, "argv", ["innsteer", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return left.value.code, *capsys.readouterr()
+
+    return run
+
+
+def parses(command):
+    """Parse a command as the shell and typer would, without running it."""
+    name, verb, *words = shlex.split(command)
+    assert name == "innsteer"
+    get_command(cli.app).commands[verb].make_context(verb, words)
+
+
+def following(text):
+    """The command that a verb proposes as the next one; it must parse."""
+    *_, last = text.strip().splitlines()
+    assert last.startswith("next: innsteer ")
+    parses(last.removeprefix("next: "))
+    return shlex.split(last)[2:]
+
+
+@pytest.fixture(scope="module")
+def fitted(home):
+    """A fitted and tuned steering, made without the command line."""
+    from innsteer.models import load_model
+    from innsteer.site import Site
+
+    model = load_model(home / "model")
+    data = Contrast.load(home / "mine.jsonl")
+    steering = tuning.fit(model, data, "diffmean", sites=[Site(1)])
+    steering.save(home / "raw")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning, "neutral", lambda part: suites.neutral(part)[:6])
+        tuning.tune(model, steering, data, preview=True, search_tokens=60).save(home / "tuned")
+    return home / "tuned"
+
+
+# --- happy paths ---------------------------------------------------------------------------------
+
+
+def test_record_fit_tune_generate_eval_and_inspect_follow_each_other(run, home):
+    code, out, _ = run("record", "mine.jsonl", "--out", "rows", "-m", "model", "--layers", "1,2")
+    assert code == 0 and "24 rows at 1.residual, 2.residual in rows" in out
+    words = following(out)
+    words[words.index("my-steering")] = "mine"
+    code, out, err = run(*words, "--method", "diffmean", "--layers", "1")
+    assert code == 0, err
+    words = following(out)
+    assert words[:3] == ["tune", "mine", "mine.jsonl"]
+    code, out, err = run(*words, "--preview")
+    assert code == 0, err
+    assert "<- budget" in out and "spends 0.0953 nats per token" in out
+    words = following(out)
+    assert words[0] == "eval"
+    code, out, err = run(*words, "--preview", "--instruction", "Be kind.")
+    assert code == 0, err
+    assert "random direction" in out.lower() and "PREVIEW" in out
+    assert (home / "report" / "report.html").is_file()
+    assert Steering.load(home / "mine").card["figures"]
+    code, out, err = run(*following(out), "-n", "4")
+    assert code == 0, err
+    code, out, err = run(*following(out))
+    assert code == 0, err
+    assert "every file matches its seal" in out
+    assert following(out)[0] == "generate"
+
+
+def test_of_several_layers_fit_keeps_one_and_says_which(run, home):
+    code, out, err = run(
+        "fit", "mine.jsonl", "-o", "layers", "-m", "model", "--method", "diffmean",
+        "--layers", "0,2", "--json",
+    )  # fmt: skip
+    assert code == 0, err
+    facts = json.loads(out)
+    assert len(facts["sites"]) == 1
+    assert set(facts["provenance"]["layers"]) == {"0.residual", "2.residual"}
+
+
+def test_methods_are_listed_and_the_next_command_parses(run):
+    code, out, _ = run("methods")
+    assert code == 0 and "diffmean" in out
+    following(out)
+
+
+def test_prompts_come_from_the_standard_input_too(run, fitted, monkeypatch):
+    import io
+
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello?\n\nWho?\n"))
+    code, out, _ = run("generate", fitted, "-m", "model", "-n", "2", "-s", "-1.5", "--json")
+    found = json.loads(out)
+    assert code == 0 and found["strength"] == -1.5
+    assert [answer["prompt"] for answer in found["answers"]] == ["Hello?", "Who?"]
+
+
+JSON_VERBS = {
+    "record": ["mine.jsonl", "-o", "json-rows", "-m", "model"],
+    "fit": ["mine.jsonl", "-o", "json-fit", "-m", "model", "--method", "diffmean"],
+    "generate": ["tuned", "Hello [b]", "-m", "model", "-n", "3", "-s", "0.05nat"],
+    "eval": ["tuned", "-d", "mine.jsonl", "-o", "json-report", "-m", "model", "--preview"],
+    "inspect": ["tuned"],
+    "tune": ["tuned", "mine.jsonl", "-m", "model", "--preview", "--both-ways"],
+    "methods": [],
+}
+
+
+@pytest.mark.parametrize("verb", JSON_VERBS)
+def test_json_is_all_that_stands_on_stdout(run, fitted, verb):
+    code, out, err = run(verb, *JSON_VERBS[verb], "--json")
+    assert code == 0, err
+    assert isinstance(json.loads(out), list if verb == "methods" else dict)
+    assert "..." not in err
+
+
+# --- errors --------------------------------------------------------------------------------------
+
+
+def refused(found, code, *said):
+    assert found[0] == code, found
+    assert found[1] == ""
+    *before, last = found[2].strip().splitlines()
+    assert last.startswith("error: ") and "Traceback" not in found[2]
+    assert all(line.endswith(" ...") for line in before), "one line, after the stages"
+    for words in said:
+        assert words in last, last
+
+
+BAD = {
+    "no such option": (["fit", "--nope"], "No such option: --nope"),
+    "no such verb": (["fti"], "No such command 'fti'"),
+    "no argument": (["fit", "--out", "x"], "Missing argument"),
+    "no out": (["fit", "mine.jsonl"], "--out"),
+    "not a number": (["tune", "tuned", "mine.jsonl", "--budget", "x"], "--budget"),
+    "too few": (["generate", "tuned", "Hi", "-n", "0"], "--tokens"),
+    "method": (["fit", "mine.jsonl", "-o", "x", "--method", "difmean"], "did you mean 'diffmean'"),
+    "field": (
+        ["fit", "mine.jsonl", "-o", "x", "--set", "hiden=3"],
+        "unknown field of method 'innsteer': 'hiden'",
+    ),
+    "field's form": (["fit", "mine.jsonl", "-o", "x", "--set", "hidden"], "name=value"),
+    "field's type": (
+        ["fit", "mine.jsonl", "-o", "x", "--set", "hidden=many"],
+        "--set hidden=many: Input should be a valid integer",
+    ),
+    "field's value": (["fit", "mine.jsonl", "-o", "x", "--set", "hidden=0"], "hidden"),
+    "field's name": (
+        ["fit", "mine.jsonl", "-o", "x", "--set", "mixing=lux"],
+        "--set mixing=lux: Input should be 'permute'",
+    ),
+    "behaviour": (["fit", "critcal", "-o", "x"], "did you mean 'critical'"),
+    "file": (["fit", "gone.jsonl", "-o", "x"], "gone.jsonl cannot be read"),
+    "layer's form": (["record", "mine.jsonl", "-o", "x", "--layers", "up"], "site 'up'"),
+    "stream": (["record", "mine.jsonl", "-o", "x", "--layers", "1.mlpp"], "mlp"),
+    "layer": (
+        ["record", "mine.jsonl", "-o", "x", "-m", "model", "--layers", "99"],
+        "layer 99 of a model with 4 blocks",
+    ),
+    "layer of fit": (
+        ["fit", "mine.jsonl", "-o", "x", "-m", "model", "--layers", "1,99"],
+        "layer 99 of a model with 4 blocks",
+    ),
+    "read": (["record", "mine.jsonl", "-o", "x", "--read", "lats"], "did you mean 'last'"),
+    "where": (["fit", "mine.jsonl", "-o", "x", "--where", "there"], "unknown scope 'there'"),
+    "rows": (["fit", "mine.jsonl", "-o", "x", "--rows", "gone"], "gone"),
+    "read beside rows": (
+        ["fit", "mine.jsonl", "-o", "x", "--rows", "r", "--read", "all"],
+        "--read all beside --rows",
+    ),
+    "model": (["record", "mine.jsonl", "-o", "x", "-m", "gone"], "no model 'gone'"),
+    "steering": (["inspect", "gone"], "does not exist"),
+    "strength": (["generate", "tuned", "Hi", "-s", "much"], "strength 'much'"),
+    "untuned strength": (["generate", "raw", "Hi", "-s", "budget"], "was not tuned"),
+    "budget": (["tune", "tuned", "mine.jsonl", "-m", "model", "--budget", "-1"], "budget -1.0"),
+    "untuned": (
+        ["eval", "raw", "-d", "mine.jsonl", "-o", "x", "-m", "model", "--preview"],
+        "'raw' was not tuned",
+    ),
+    "twins": (["eval", "tuned", "./tuned", "-d", "mine.jsonl", "-o", "x"], "the same name"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(run, fitted, home, case):
+    words, said = BAD[case]
+    refused(run(*words), 2, said)
+    assert not (home / "x").exists()
+
+
+EXISTING = {
+    "record": ["mine.jsonl", "-o", "tuned"],
+    "fit": ["mine.jsonl", "-o", "tuned"],
+    "eval": ["tuned", "-d", "mine.jsonl", "-o", "tuned"],
+    "demo": ["-o", "tuned"],
+}
+
+
+@pytest.mark.parametrize("verb", EXISTING)
+def test_a_folder_that_exists_is_refused_before_any_work(run, fitted, monkeypatch, verb):
+    def work(*_):
+        raise AssertionError("work was begun")
+
+    for home, name in (
+        (cli, "_load"),
+        (Contrast, "load"),
+        (Steering, "load"),
+        (demo, "load_model"),
+    ):
+        monkeypatch.setattr(home, name, work)
+    refused(run(verb, *EXISTING[verb]), 2, "tuned exists already", "choose another name")
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_any_work(run, monkeypatch):
+    monkeypatch.setattr(cli, "_load", None)
+    refused(run("record", "mine.jsonl", "-o", "mine.jsonl/rows"), 2, "cannot write to")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "tuned", "Hi"],
+        ["tune", "tuned", "mine.jsonl"],
+        ["eval", "tuned", "-d", "mine.jsonl", "-o", "x"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_another_model_is_refused_with_exit_code_3(run, fitted, words):
+    refused(run(*words, "-m", "other"), 3, "fitted on 'model'", "'other' has another weights")
+
+
+def test_rows_of_another_model_are_refused_with_exit_code_3(run):
+    assert run("record", "mine.jsonl", "-o", "own-rows", "-m", "model")[0] == 0
+    words = ["fit", "mine.jsonl", "--rows", "own-rows", "-o", "x", "-m", "other"]
+    refused(run(*words), 3, "recorded on 'model'")
+
+
+def test_what_cannot_be_done_is_exit_code_1(run, fitted):
+    """Six prompts are too few for the check that a budget needs."""
+    refused(run("tune", "tuned", "mine.jsonl", "-m", "model"), 1, "of 6 prompts; expected at least")
+
+
+def test_an_interrupt_is_exit_code_130(run, fitted, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(hf.HF, "generate", stop)
+    refused(run("generate", "tuned", "Hi", "-m", "model"), 130, "interrupted")
+
+
+def test_no_argument_shows_the_help(run):
+    code, out, err = run()
+    assert code == 2 and "demo" in out + err and "error" not in err.lower()
+
+
+def test_text_of_a_model_is_no_markup(run, fitted, monkeypatch):
+    monkeypatch.setattr("innsteer.models.LanguageModel.decode", lambda self, ids: "[red]x[/oops]")
+    code, out, _ = run("generate", "tuned", "Say [bold]", "-m", "model", "-n", "2")
+    assert code == 0 and out.count("[red]x[/oops]") == 2 and "Say [bold]" in out
+
+
+# --- what needs a fresh process ------------------------------------------------------------------
+
+SPY = """
+import sys
+from innsteer.cli import main
+sys.argv[0] = "innsteer"
+try:
+    main()
+finally:
+    heavy = {"torch", "transformers", "numpy", "sklearn"} & set(sys.modules)
+    print(sorted(heavy), file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize("words", [["--help"], ["fit", "--help"], ["methods", "--json"]])
+def test_help_and_the_list_of_methods_import_nothing_heavy(words):
+    done = subprocess.run(
+        [sys.executable, "-c", SPY, *words], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0
+    assert done.stderr.strip() == "[]"
+    if "--json" in words:
+        found = json.loads(done.stdout)
+        assert {"diffmean", "innsteer"} <= {row["name"] for row in found}
+        for row in found:
+            assert {"name", "paper", "needs", "sites", "trained"} <= set(row)
+            assert row["paper"].startswith("https://")
+            assert isinstance(row["needs"], list) and isinstance(row["trained"], bool)
+    else:
+        assert "Usage" in done.stdout
+
+
+# --- the demo ------------------------------------------------------------------------------------
+
+
+def test_the_demo_leaves_artifacts_and_a_report(run, home, monkeypatch):
+    pytest.importorskip("vaderSentiment")
+    monkeypatch.setattr(demo, "load_model", lambda name: tiny.tiny_language_model())
+    monkeypatch.setattr(demo, "matmul_seconds", lambda: 0.1)
+    monkeypatch.setattr(demo, "PAIRS", 6)
+    monkeypatch.setattr(demo, "HELD_OUT", 4)
+    quick = demo.get
+    monkeypatch.setattr(
+        demo,
+        "get",
+        lambda name: quick(name, epochs=1, hidden=4) if name == "innsteer" else quick(name),
+    )
+    whole = suites.Suite.preview
+    monkeypatch.setattr(suites.Suite, "preview", lambda self: whole(self, prompts=2, new_tokens=4))
+    monkeypatch.setattr(evaluation, "PREVIEW", evaluation.Sizes(4, 0, 4, (), 1, 4))
+    code, out, err = run("demo", "--out", "first run")
+    assert code == 0, err
+    assert "report    first run/report/report.html" in out
+    assert following(out)[1] == "first run/innsteer"
+    for name in ("diffmean", "innsteer"):
+        assert Steering.load(home / "first run" / name).card["figures"]
+    assert (home / "first run" / "report" / "report.html").is_file()
+
+
+def test_the_demo_says_at_once_that_its_scorer_is_missing(run, monkeypatch):
+    from innsteer.metrics import negative_sentiment
+
+    negative_sentiment._vader.cache_clear()
+    monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
+    monkeypatch.setattr(demo, "load_model", None)
+    refused(run("demo", "--out", "x"), 2, "needs the package 'vaderSentiment'", "pip install")
