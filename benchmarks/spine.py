@@ -3,14 +3,17 @@
     python benchmarks/spine.py                  # everything that is not measured yet
     python benchmarks/spine.py --only control   # one part again
 
-Each part writes its figures to ``results/spine.json`` when it ends, so that an interrupted run goes
-on where it stopped. Ratios are taken side by side in one process, alternating.
+Each part writes its figures to ``results/spine.json`` when it ends, with a digest of the source
+that it measured: an interrupted run goes on where it stopped, and a changed source is measured
+again. Ratios are taken side by side in one process, alternating.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -34,8 +37,6 @@ from innsteer.suites import behaviour as suites
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "spine.json"
-RUNS = HERE.parent / "runs" / "spine"
-LAYERS = (15, 19, 23)
 Figure = dict[str, Any]
 
 
@@ -51,6 +52,18 @@ def figure(
     """One record; ``asked`` is an operator and a number, "" where nothing was asked."""
     bounds = {"low": value if low is None else low, "high": value if high is None else high}
     return {"figure": name, "value": value, **bounds, "asked": asked, "unit": unit, "n": n}
+
+
+def source() -> str:
+    """A digest of the package's source: figures of two sources are never mixed."""
+    digest = hashlib.sha256()
+    for path in sorted((HERE.parent / "src").rglob("*")):
+        if path.is_file() and path.suffix in {".py", ".jsonl", ".json", ".j2"}:
+            digest.update(str(path.relative_to(HERE.parent)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+RUNS = HERE.parent / "runs" / f"spine-{source()}"
 
 
 def say(stage: str, done: int, total: int) -> None:
@@ -91,28 +104,31 @@ def demo_cpu() -> list[Figure]:
     load_model("smollm2")
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "innsteer.cli", "demo", "--json", "--out", f"{folder}/d"]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         made = subprocess.run(command, check=True, capture_output=True, text=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
     facts = json.loads(made.stdout)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
     return [
-        figure("demo, after loading the model", facts["cpu_seconds"], "<= 180", "CPU seconds", 1),
+        figure("demo, environment and model made, whole process", cpu, "<= 180", "CPU seconds", 1),
         figure("matrix product, 1536 square, in the demo", facts["matmul_seconds"], "", "s", 5),
     ]
+
+
+def steering(name: str) -> Steering:
+    """A method fitted and tuned at full size, once per source."""
+    if not (RUNS / name).exists():
+        model, contrast = load_model("smollm2"), Contrast.load(demo.BEHAVIOUR)
+        fitted = tuning.fit(model, contrast, name, progress=say)
+        tuning.tune(model, fitted, contrast, both_ways=True, progress=say).save(RUNS / name)
+    return Steering.load(RUNS / name)
 
 
 def control() -> list[Figure]:
     """All arms at the neutral budget, at full size, on the behaviour fixed beforehand."""
     model = load_model("smollm2")
     contrast = Contrast.load(demo.BEHAVIOUR)
-    sites = [Site(layer) for layer in LAYERS]
-    steerings: dict[str, Steering] = {}
-    for name in ("diffmean", "innsteer"):
-        folder = RUNS / name
-        if not folder.exists():
-            chosen = tuning.choose_layer(model, contrast, name, sites, progress=say)
-            tuned = tuning.tune(model, chosen, contrast, both_ways=True, progress=say)
-            tuned.save(folder)
-        steerings[name] = Steering.load(folder)
-        print(name, steerings[name].provenance["layers"], steerings[name].resolve())
+    steerings = {name: steering(name) for name in ("diffmean", "innsteer")}
     report = evaluation.compare(model, steerings, suites.load(contrast), progress=say)
     report.save(RUNS / "report", replace=True)
     print(report.text(samples=6))
@@ -139,9 +155,9 @@ def control() -> list[Figure]:
 def exact() -> list[Figure]:
     """Round trip on real rows, and rows at strength 0."""
     model = load_model("smollm2")
-    steering = Steering.load(RUNS / "innsteer")
-    site = next(iter(steering.interventions))
-    part = steering.interventions[site]
+    ours = steering("innsteer")
+    site = next(iter(ours.interventions))
+    part = ours.interventions[site]
     held = Contrast.load(demo.BEHAVIOUR).part("test")
     rows = tuning.record(model, held, [site], read="all").values[site]
     found = []
@@ -176,7 +192,7 @@ def recording() -> list[Figure]:
     texts = texts[:1000]
     assert len(texts) == 1000
     backend = HF(model)
-    ratios, ours, plain = [], 0.0, 0.0
+    pairs = []
     for chunk in range(20):
         mine = texts[chunk::20]
         items = tuple(Item(str(n), text, None, "Yes", None, str(n)) for n, text in enumerate(mine))
@@ -200,14 +216,16 @@ def recording() -> list[Figure]:
             record(), full()
         first, second = (record, full) if chunk % 2 else (full, record)
         times = {first: first(), second: second()}
-        ratios.append(times[record] / times[full])
-        ours, plain = ours + times[record], plain + times[full]
-        say(f"recording {chunk + 1}/20: {ratios[-1]:.3f}", 0, 1)
-    _, low, high = interval(ratios)
+        pairs.append((times[record], times[full]))
+        say(f"recording {chunk + 1}/20: {times[record] / times[full]:.3f}", 0, 1)
+    seconds = np.array(pairs)
+    ours, plain = seconds.sum(0)
+    draws = seconds[np.random.default_rng(0).integers(0, len(pairs), (2000, len(pairs)))].sum(1)
+    low, high = np.quantile(draws[:, 0] / draws[:, 1], [0.025, 0.975])
     name = "record() of 1,000 prompts to block 16, over the full forward with logits"
     return [
-        figure(name, ours / plain, "<= 0.55", "ratio of seconds", 1000, low, high),
-        figure("record() of 1,000 prompts to block 16", ours, "", "seconds", 1000),
+        figure(name, ours / plain, "<= 0.55", "ratio of seconds", 1000, float(low), float(high)),
+        figure("record() of 1,000 prompts to block 16", float(ours), "", "seconds", 1000),
     ]
 
 
@@ -243,7 +261,7 @@ def fitting() -> list[Figure]:
 def speed() -> list[Figure]:
     """Steered against unsteered tokens per second: four couplings of width 128 at one layer."""
     model = load_model("smollm2")
-    steering = Steering.load(RUNS / "innsteer")
+    ours = steering("innsteer")
     found = []
     for batch in (1, 8):
         texts = prompts(demo.BEHAVIOUR, "test")[:batch]
@@ -269,7 +287,7 @@ def speed() -> list[Figure]:
         for repeat in range(16):
             if repeat % 2:
                 plain = run()
-            with steering.on(model):
+            with ours.on(model):
                 steered = run()
             if not repeat % 2:
                 plain = run()
@@ -297,13 +315,15 @@ def main() -> None:
     wanted = parser.parse_args().only
     known = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"parts": {}}
     for name, part in PARTS.items():
-        if name not in (wanted or PARTS) or (not wanted and name in known["parts"]):
+        fresh_enough = known["parts"].get(name, {}).get("source") == source()
+        if name not in (wanted or PARTS) or (not wanted and fresh_enough):
             continue
         print(f"{name}: {part.__doc__}", file=sys.stderr, flush=True)
         started = time.perf_counter()
         figures = part()
         known["parts"][name] = {
             "figures": figures,
+            "source": source(),
             "seconds": round(time.perf_counter() - started, 1),
             "matmul_seconds": demo.matmul_seconds(),
         }

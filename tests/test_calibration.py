@@ -46,8 +46,22 @@ def test_a_cost_beyond_the_curve_is_refused(asked):
 
 
 def test_a_direction_without_doses_is_refused():
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError, match=r"measured in one direction;.*--both-ways"):
         curve((0, 0), (1, 0.1)).resolve("-0.05nat")
+
+
+@pytest.mark.parametrize("asked", ["budget", "0.0953nat", "+9.53e-2 nats"])
+def test_the_budget_in_nats_is_the_budget(asked):
+    # The checked strength costs less than the budget on average: its interval lies within.
+    assert curve((0, 0), (2, 0.09), (3, 0.2)).resolve(asked) == 2.0
+    assert curve((0, 0), (2, 0.09)).resolve(asked) == 2.0
+
+
+def test_the_budget_the_other_way_is_found_on_the_curve():
+    both = curve((0, 0), (2, 0.09), (-2, 0.0953), (-3, 0.2))
+    assert both.resolve("-0.0953nat") == pytest.approx(-2.0)
+    back = curve((0, 0), (1, 0.0953), (2, 0.2), (-3, 0.09), strength=-3.0)
+    assert (back.resolve("0.0953nat"), back.resolve("-0.0953nat")) == (pytest.approx(1.0), -3.0)
 
 
 def test_noise_that_makes_the_curve_fall_does_not_confuse_it():

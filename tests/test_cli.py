@@ -4,12 +4,13 @@ import json
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from typer.main import get_command
 
 import tiny
-from innsteer import cli, demo, evaluation, tuning
+from innsteer import cli, demo, evaluation, shelf, tuning
 from innsteer.backends import hf
 from innsteer.contrast import Contrast
 from innsteer.steering import Steering
@@ -88,6 +89,7 @@ def test_record_fit_tune_generate_eval_and_inspect_follow_each_other(run, home):
     code, out, _ = run("record", "mine.jsonl", "--out", "rows", "-m", "model", "--layers", "1,2")
     assert code == 0 and "24 rows at 1.residual, 2.residual in rows" in out
     words = following(out)
+    assert "--together" in words, "the rows of two layers are fitted as one steering"
     words[words.index("my-steering")] = "mine"
     code, out, err = run(*words, "--method", "diffmean", "--layers", "1")
     assert code == 0, err
@@ -122,10 +124,85 @@ def test_of_several_layers_fit_keeps_one_and_says_which(run, home):
     assert set(facts["provenance"]["layers"]) == {"0.residual", "2.residual"}
 
 
-def test_methods_are_listed_and_the_next_command_parses(run):
+def test_methods_are_listed_with_whole_addresses_and_the_next_command_parses(run):
     code, out, _ = run("methods")
-    assert code == 0 and "diffmean" in out
+    assert code == 0
+    for method in shelf.describe():
+        assert method["name"] in out and method["summary"] in out
+        assert method["paper"] in out.split()
     following(out)
+
+
+def test_a_steering_remembers_where_its_model_came_from(run, home):
+    """By another name than the path's last part, so that the base's name leads nowhere."""
+    (home / "a shelf").mkdir(exist_ok=True)
+    (home / "a shelf" / "its model").symlink_to(home / "model")
+    code, out, err = run(
+        "fit", "mine.jsonl", "-o", "far", "-m", "a shelf/its model", "--method", "diffmean",
+        "--layers", "1",
+    )  # fmt: skip
+    assert code == 0, err
+    assert Steering.load(home / "far").provenance["model"] == "a shelf/its model"
+    assert "--model 'a shelf/its model'" in out
+    code, out, err = run("tune", "far", "mine.jsonl", "--preview")
+    assert code == 0, err
+    assert "--model 'a shelf/its model'" in out
+    words = following(out)
+    words[words.index("report")] = "far-report"
+    code, out, err = run(*words, "--preview")
+    assert code == 0, err
+    assert "--model 'a shelf/its model'" in out
+    code, out, err = run("inspect", "far")
+    assert code == 0 and "--model 'a shelf/its model'" in out
+    code, out, err = run("generate", "far", "Hello", "-n", "2")
+    assert code == 0, err
+    (home / "a shelf" / "its model").unlink()
+    found = run("generate", "far", "Hello", "-n", "2")
+    refused(found, 2, "fitted on: no model 'a shelf/its model'", "say where it is: --model")
+
+
+def test_layers_are_fitted_as_one_steering_only_when_that_is_asked_for(run):
+    assert run("record", "mine.jsonl", "-o", "two", "-m", "model", "--layers", "1,2")[0] == 0
+    words = ["fit", "mine.jsonl", "-m", "model", "--method", "diffmean"]
+    found = run(*words, "--rows", "two", "-o", "x")
+    refused(found, 2, "two has several layers: 1.residual, 2.residual", "--layers", "--together")
+    for name, more in (("a", ["--rows", "two"]), ("b", ["--layers", "1,2"])):
+        code, out, err = run(*words, *more, "--together", "-o", f"both-{name}", "--json")
+        assert code == 0, err
+        assert json.loads(out)["sites"] == ["1.residual", "2.residual"]
+    code, out, err = run(*words, "--rows", "two", "--layers", "2", "-o", "one", "--json")
+    assert code == 0, err
+    assert json.loads(out)["sites"] == ["2.residual"]
+
+
+def test_a_recording_is_written_while_it_is_made(run, home, monkeypatch):
+    from innsteer.activations import Activations
+
+    monkeypatch.setattr(Activations, "save", None)
+    code, out, err = run("record", "mine.jsonl", "-o", "shards", "-m", "model", "--json")
+    assert code == 0, err
+    facts = json.loads(out)
+    assert Activations.load(home / "shards").hash == facts["hash"]
+
+
+def test_an_evaluation_without_an_instruction_says_that_an_arm_is_missing(run, fitted):
+    words = ["eval", "tuned", "-d", "mine.jsonl", "-m", "model", "--preview", "--json", "-o"]
+    code, _, err = run(*words, "silent-report")
+    assert code == 0 and err.startswith("warning: no instruction is known")
+    code, _, err = run(*words, "told-report", "--instruction", "Be kind.")
+    assert code == 0 and "warning" not in err
+
+
+def test_without_a_prompt_a_terminal_is_not_waited_for(run, fitted, monkeypatch):
+    class Terminal:
+        def isatty(self):
+            return True
+
+        def __iter__(self):
+            raise AssertionError("it was read")
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    refused(run("generate", "tuned", "-m", "model"), 2, "no prompt; expected arguments")
 
 
 def test_prompts_come_from_the_standard_input_too(run, fitted, monkeypatch):
@@ -165,7 +242,8 @@ def refused(found, code, *said):
     assert found[1] == ""
     *before, last = found[2].strip().splitlines()
     assert last.startswith("error: ") and "Traceback" not in found[2]
-    assert all(line.endswith(" ...") for line in before), "one line, after the stages"
+    stages = [line for line in before if not line.startswith("warning: ")]
+    assert all(line.endswith(" ...") for line in stages), "one line, after the stages"
     for words in said:
         assert words in last, last
 
@@ -173,6 +251,7 @@ def refused(found, code, *said):
 BAD = {
     "no such option": (["fit", "--nope"], "No such option: --nope"),
     "no such verb": (["fti"], "No such command 'fti'"),
+    "a bogus verb": (["bogus"], "The verbs: record, fit, tune, generate, eval, inspect"),
     "no argument": (["fit", "--out", "x"], "Missing argument"),
     "no out": (["fit", "mine.jsonl"], "--out"),
     "not a number": (["tune", "tuned", "mine.jsonl", "--budget", "x"], "--budget"),
@@ -183,6 +262,14 @@ BAD = {
         "unknown field of method 'innsteer': 'hiden'",
     ),
     "field's form": (["fit", "mine.jsonl", "-o", "x", "--set", "hidden"], "name=value"),
+    "field's name alone": (
+        ["fit", "mine.jsonl", "-o", "x", "--set", "hidden"],
+        "the fields of 'innsteer': ",
+    ),
+    "field of a method without": (
+        ["fit", "mine.jsonl", "-o", "x", "--method", "diffmean", "--set", "hidden"],
+        "the fields of 'diffmean': none",
+    ),
     "field's type": (
         ["fit", "mine.jsonl", "-o", "x", "--set", "hidden=many"],
         "--set hidden=many: Input should be a valid integer",
@@ -269,13 +356,28 @@ def test_a_folder_that_cannot_be_made_is_refused_before_any_work(run, monkeypatc
     ids=lambda words: words[0],
 )
 def test_another_model_is_refused_with_exit_code_3(run, fitted, words):
-    refused(run(*words, "-m", "other"), 3, "fitted on 'model'", "'other' has another weights")
+    found = run(*words, "-m", "other")
+    refused(found, 3, "fitted on 'model'", "'other' has another weights", "fit again on this one")
+    assert "allow_mismatch" not in found[2]
 
 
 def test_rows_of_another_model_are_refused_with_exit_code_3(run):
     assert run("record", "mine.jsonl", "-o", "own-rows", "-m", "model")[0] == 0
     words = ["fit", "mine.jsonl", "--rows", "own-rows", "-o", "x", "-m", "other"]
     refused(run(*words), 3, "recorded on 'model'")
+
+
+def test_rows_of_other_data_are_refused(run, home):
+    """The same name and size, one answer changed; and then another behaviour."""
+    assert run("record", "mine.jsonl", "-o", "its-rows", "-m", "model")[0] == 0
+    lines = rows()
+    lines[0]["chosen"] = "Madam, tea."
+    (home / "changed").mkdir(exist_ok=True)
+    (home / "changed" / "mine.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ["--rows", "its-rows", "-o", "x", "-m", "model", "--method", "diffmean"]
+    found = run("fit", "changed/mine.jsonl", *words)
+    refused(found, 2, "its-rows was recorded from 'mine' (", "changed/mine.jsonl is 'mine' (")
+    refused(run("fit", "critical", *words), 2, "critical is 'critical' (", "record this data")
 
 
 def test_what_cannot_be_done_is_exit_code_1(run, fitted):
@@ -337,7 +439,9 @@ def test_help_and_the_list_of_methods_import_nothing_heavy(words):
 # --- the demo ------------------------------------------------------------------------------------
 
 
-def test_the_demo_leaves_artifacts_and_a_report(run, home, monkeypatch):
+@pytest.fixture
+def quick_demo(monkeypatch):
+    """The demo on a tiny model, at the smallest sizes."""
     pytest.importorskip("vaderSentiment")
     monkeypatch.setattr(demo, "load_model", lambda name: tiny.tiny_language_model())
     monkeypatch.setattr(demo, "matmul_seconds", lambda: 0.1)
@@ -352,6 +456,9 @@ def test_the_demo_leaves_artifacts_and_a_report(run, home, monkeypatch):
     whole = suites.Suite.preview
     monkeypatch.setattr(suites.Suite, "preview", lambda self: whole(self, prompts=2, new_tokens=4))
     monkeypatch.setattr(evaluation, "PREVIEW", evaluation.Sizes(4, 0, 4, (), 1, 4))
+
+
+def test_the_demo_leaves_artifacts_and_a_report(run, home, quick_demo):
     code, out, err = run("demo", "--out", "first run")
     assert code == 0, err
     assert "report    first run/report/report.html" in out
@@ -359,6 +466,35 @@ def test_the_demo_leaves_artifacts_and_a_report(run, home, monkeypatch):
     for name in ("diffmean", "innsteer"):
         assert Steering.load(home / "first run" / name).card["figures"]
     assert (home / "first run" / "report" / "report.html").is_file()
+
+
+def test_the_demo_replaces_an_earlier_one_and_nothing_else(run, home, quick_demo, monkeypatch):
+    folder = home / "again"
+    assert run("demo", "--replace", "--out", "again")[0] == 0
+    first = (folder / "report" / "report.html").stat().st_ino
+    code, _, err = run("demo", "--replace", "--out", "again")
+    assert code == 0, err
+    assert (folder / "report" / "report.html").stat().st_ino != first
+    assert not list(home.glob(".again*")), "no staging folder was left"
+    second = (folder / "report" / "report.html").stat().st_ino
+    monkeypatch.setattr("innsteer.report.Report.save", None)
+    with pytest.raises(TypeError):
+        demo.run(folder, replace=True)
+    assert (folder / "report" / "report.html").stat().st_ino == second, "a failure changes nothing"
+    monkeypatch.setattr(demo, "load_model", None)
+    refused(run("demo", "--out", "again"), 2, "again exists already")
+    (folder / "notes.txt").write_text("mine")
+    refused(run("demo", "--replace", "--out", "again"), 2, "no earlier demo: it holds notes.txt")
+    (home / "empty").mkdir()
+    refused(run("demo", "--replace", "--out", "empty"), 2, "empty is no earlier demo", "lacks")
+    (home / "link").symlink_to(home / "again")
+    refused(run("demo", "--replace", "--out", "link"), 2, "link exists already")
+
+
+def test_make_demo_may_be_run_again():
+    lines = (Path(__file__).parents[1] / "Makefile").read_text().splitlines()
+    (command,) = [line for line in lines if "innsteer demo" in line]
+    assert "--replace" in shlex.split(command)
 
 
 def test_the_demo_says_at_once_that_its_scorer_is_missing(run, monkeypatch):

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+from dataclasses import replace
 from hashlib import sha256
 from itertools import combinations
 
@@ -372,6 +373,16 @@ def test_an_unknown_behaviour_or_use_is_named_with_the_known_ones():
         Contrast.load("formall")
     with pytest.raises(UnknownName):
         prompts("../suites/neutral", "test")
+
+
+def test_only_what_comes_from_the_shelf_under_its_own_name_is_built_in(tmp_path):
+    whole = Contrast.load("formal")
+    assert whole.builtin and whole.train.builtin and whole.subset(4).builtin
+    own = Contrast.load(write(tmp_path / "formal.jsonl", rows(8)))
+    assert own.behaviour == "formal" and not own.builtin and not own.subset(4).builtin
+    assert not Contrast.load("formal", behaviour="mine").builtin
+    assert not Contrast.load(rows(8), behaviour="formal").builtin
+    assert replace(whole, builtin=False).hash == whole.hash
 
 
 def test_missing_prompts_and_uses_are_told_apart(tmp_path, monkeypatch):

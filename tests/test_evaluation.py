@@ -13,7 +13,7 @@ from innsteer.backends.base import Sampling
 from innsteer.backends.hf import HF
 from innsteer.calibration import Calibration, Dose
 from innsteer.errors import InputError, MissingPackage, UnknownName
-from innsteer.evaluation import PROMPTED, RANDOM, UNSTEERED, Arm, Sizes
+from innsteer.evaluation import PROMPT_ONLY, RANDOM, UNSTEERED, Arm, Sizes
 from innsteer.metrics import negative_sentiment
 from innsteer.report import Report
 from innsteer.site import Site, Where
@@ -81,7 +81,7 @@ def chosen(model):
 
 
 def test_every_steering_stands_beside_the_arms_that_give_it_meaning(report):
-    assert report.arms == (UNSTEERED, PROMPTED, RANDOM, "one", "two")
+    assert report.arms == (UNSTEERED, PROMPT_ONLY, RANDOM, "one", "two")
 
 
 def test_arms_without_distinct_names_are_refused(model, suite):
@@ -162,10 +162,10 @@ def test_every_steered_arm_has_a_cost(report):
 
 
 def test_an_instruction_costs_on_the_very_same_continuations(report):
-    assert report.figure(PROMPTED, "neutral_cost").value > 0
-    assert report.figure(PROMPTED, "edited_share").value == 0
+    assert report.figure(PROMPT_ONLY, "neutral_cost").value > 0
+    assert report.figure(PROMPT_ONLY, "edited_share").value == 0
     neutral = [c for c in report.completions if c.kind == "neutral"]
-    plain, prompted = ([c for c in neutral if c.arm == arm] for arm in (UNSTEERED, PROMPTED))
+    plain, prompted = ([c for c in neutral if c.arm == arm] for arm in (UNSTEERED, PROMPT_ONLY))
     for one, other in zip(plain, prompted, strict=True):
         assert (one.item, one.tokens) == (other.item, other.tokens)
         assert one.values["base_log_prob"] == other.values["base_log_prob"]
@@ -179,7 +179,7 @@ def test_answers_are_read_by_the_unsteered_model_without_the_instruction(report,
             prompt = replace(asked[one.item], answers=(one.text,))
             ((expected,),) = HF(model).score([prompt])
             assert one.values["base_log_prob"] == pytest.approx(expected, abs=1e-3)
-    assert "Be kind." in next(c.prompt for c in report.completions if c.arm == PROMPTED)
+    assert "Be kind." in next(c.prompt for c in report.completions if c.arm == PROMPT_ONLY)
 
 
 def test_differences_are_paired_with_the_plain_model(report):

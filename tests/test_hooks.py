@@ -386,14 +386,14 @@ def test_edits_with_scopes_of_their_own_touch_their_own_tokens(model):
     assert attached.trace.touched == attached.trace.selected == 4
 
 
+def spoil(_, args, output):
+    state = (output[0] if isinstance(output, tuple) else output).clone()
+    state[0, 2, 0], state[0, 4, 1] = float("inf"), float("nan")
+    return (state, *output[1:]) if isinstance(output, tuple) else state
+
+
 def test_rows_that_are_not_finite_stay_and_are_counted(model):
     ids = torch.tensor([ROWS[0]])
-
-    def spoil(_, args, output):
-        state = (output[0] if isinstance(output, tuple) else output).clone()
-        state[0, 2, 0], state[0, 4, 1] = float("inf"), float("nan")
-        return (state, *output[1:]) if isinstance(output, tuple) else state
-
     with (
         torch.no_grad(),
         model.layout.blocks[1].module.register_forward_hook(spoil),
@@ -408,8 +408,37 @@ def test_rows_that_are_not_finite_stay_and_are_counted(model):
     ):
         model.model(ids)
     assert attached.trace.nonfinite == 2
+    assert attached.trace.steered == [[0, 1, 3, 5]] and attached.trace.touched == 4
     assert torch.equal(bits(after[0][0, [2, 4]]), bits(before[0][0, [2, 4]]))
     assert not torch.equal(after[0][0, 0], before[0][0, 0])
+
+
+@pytest.mark.parametrize("site", [Site(1), Site(1, "mlp_norm")])
+def test_a_run_without_a_finite_row_to_edit_steers_nothing(model, site):
+    # Block 1's weights are whole; what block 0 hands it is not, at positions 2 and 4.
+    with (
+        torch.no_grad(),
+        model.layout.blocks[0].module.register_forward_hook(spoil),
+        pytest.raises(NothingSteeredError, match="infinite or NaN"),
+        Attachment(model, [edit(model, 1, "range:2:3", site)]) as attached,
+    ):
+        model.model(torch.tensor([ROWS[0]]))
+    assert attached.trace.steered == [[]] and attached.trace.touched == 0
+    assert attached.trace.selected == attached.trace.nonfinite == 1
+
+
+def test_a_token_that_one_site_could_edit_was_steered(model):
+    with (
+        torch.no_grad(),
+        model.layout.blocks[1].module.register_forward_hook(spoil),
+        Attachment(
+            model,
+            [edit(model, 1, "range:2:3", Site(0), Site(1)), edit(model, 1, "range:4:5", Site(1))],
+        ) as attached,
+    ):
+        model.model(torch.tensor([ROWS[0]]))
+    assert attached.trace.nonfinite == 2
+    assert attached.trace.steered == [[2]] and attached.trace.touched == 1
 
 
 def test_displacements_of_edited_rows_are_told(model):

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import tiny
 from innsteer import steerer as contract
+from innsteer import steering as steering_room
 from innsteer.activations import Activations
 from innsteer.calibration import Calibration, Dose
 from innsteer.errors import BudgetError, FormatError, InputError, MismatchError
@@ -117,6 +118,29 @@ def test_another_model_is_refused_and_the_difference_named(part):
         own.on(language)
     own.on(language, allow_mismatch=True)
     replace(fitted(), base=replace(language.fingerprint, name="a copy")).on(language)
+
+
+@pytest.mark.parametrize("part", ["base", "weights", "tokenizer", "template"])
+def test_a_model_without_tokenizer_is_told_by_structure_and_weights(part):
+    language = tiny.tiny_language_model("llama")
+    own = replace(fitted(), base=replace(language.fingerprint, **{part: "0" * 64}))
+    if part in ("tokenizer", "template"):
+        own.on(language.model)
+        return
+    with pytest.raises(MismatchError, match=f"LlamaForCausalLM' has another {part};"):
+        own.on(language.model)
+    own.on(language.model, allow_mismatch=True)
+    replace(own, base=None).on(language.model)
+
+
+def test_the_weights_of_a_model_without_tokenizer_are_read_once(monkeypatch):
+    language, read = tiny.tiny_language_model("llama"), []
+    own = replace(fitted(), base=language.fingerprint)
+    taken = steering_room.fingerprint
+    monkeypatch.setattr(steering_room, "fingerprint", lambda *args: read.append(1) or taken(*args))
+    for _ in range(3):
+        own.on(language.model)
+    assert len(read) == 1
 
 
 # --- identity ------------------------------------------------------------------------------------

@@ -8,10 +8,18 @@ import torch
 
 import tiny
 from innsteer import tuning
+from innsteer.activations import Activations
 from innsteer.backends.base import Prompt, Sampling, silent
 from innsteer.backends.hf import HF
 from innsteer.calibration import BUDGET
-from innsteer.errors import BudgetError, DataError, InputError, MismatchError, UnknownName
+from innsteer.errors import (
+    BudgetError,
+    DataError,
+    InputError,
+    LeakError,
+    MismatchError,
+    UnknownName,
+)
 from innsteer.interventions import Shift
 from innsteer.site import Site, Where
 from innsteer.steerer import Interventions, get
@@ -86,6 +94,57 @@ def test_a_fit_says_where_it_comes_from(model):
     assert (found["read"], found["seed"], found["rows"]) == ("mean", 3, len(acts))
     assert steering.base == model.fingerprint and steering.where == Where("all")
     assert steering.behaviours == ("formal-ish",) and steering.resolve() == 1.0
+
+
+def test_a_fit_knows_its_whole_contrast_and_the_groups_that_it_saw(model, fitted):
+    found = fitted.provenance
+    assert found["whole_contrast"] == OPEN.hash != found["contrast"]
+    groups = {item.group for item in OPEN.train.items}
+    assert len(found["train_groups"]) == len(groups)
+    assert found["train_groups"] == sorted(found["train_groups"])
+    assert not groups & set(found["train_groups"])
+    plain = tuning.record(model, OPEN, [Site(1)])
+    assert "train_groups" not in tuning.fit_rows(model, get("diffmean"), plain).provenance
+
+
+def test_a_recording_on_disk_is_the_one_that_is_fitted(model, fitted, tmp_path):
+    acts = tuning.record_parts(model, OPEN, [Site(1)], folder=tmp_path / "rows")
+    back = Activations.load(tmp_path / "rows")
+    assert (back.hash, back.provenance) == (acts.hash, acts.provenance)
+    again = tuning.fit_rows(model, get("diffmean"), back)
+    assert again.identity == fitted.identity
+    assert again.provenance["train_groups"] == fitted.provenance["train_groups"]
+    tuning.record(model, OPEN, [Site(1)], folder=tmp_path / "all")
+    tuning.fit(model, OPEN, "diffmean", sites=[Site(1)], folder=tmp_path / "fit")
+    assert len(Activations.load(tmp_path / "all")) == 2 * len(OPEN)
+    assert Activations.load(tmp_path / "fit").hash == acts.hash
+
+
+def test_what_was_fitted_is_no_place_to_measure(model, fitted):
+    tuning.check_unseen(fitted, OPEN.validation)
+    tuning.check_unseen(fitted, OPEN.test)
+    first = OPEN.train.items[0].id
+    with pytest.raises(LeakError, match=rf"of 9 of 9 train items of 'formal-ish': '{first}', "):
+        tuning.check_unseen(fitted, OPEN.train)
+    other = contrast(parts=("validation", "train", "test"))
+    with pytest.raises(LeakError, match="3 of 5 validation items"):
+        tuning.tune(model, fitted, other, preview=True)
+    unknown = replace(fitted, provenance={})
+    tuning.check_unseen(unknown, OPEN.train)
+
+
+def test_a_fit_on_some_training_items_is_tuned_on_the_same_validation_items(model):
+    kept = [*OPEN.train.subset(4).items, *OPEN.validation.items]
+    part = replace(OPEN, items=tuple(kept))
+    some = tuning.fit(model, part, "diffmean", sites=[Site(1)])
+    assert len(some.provenance["train_groups"]) == 4
+    assert tuning.tune(model, some, OPEN, preview=True, fractions=(1.0,)).calibration
+
+
+def test_tuning_on_another_behaviour_is_refused(model, fitted):
+    other = replace(OPEN, behaviour="curt")
+    with pytest.raises(InputError, match="'curt' for a steering of 'formal-ish'"):
+        tuning.tune(model, fitted, other, preview=True)
 
 
 def test_fit_takes_a_name_with_fields_or_a_steerer(model, fitted):
@@ -231,6 +290,26 @@ def test_a_checked_strength_is_no_preview(model, fitted, monkeypatch):
     assert tuned.provenance["tuned_control"] == "alignment"
 
 
+def test_the_curve_is_measured_on_the_tokens_of_the_check(model, fitted, monkeypatch):
+    monkeypatch.setattr(tuning, "neutral", lambda part: neutral(part)[:100])
+    real = Sampling
+    monkeypatch.setattr(tuning, "Sampling", lambda n, t, s: real(3, t, s))
+    backend = HF(model)
+    how = {"search_tokens": 30, "check_tokens": 200, "fractions": (0.5, 1.0)}
+    curve = tuning.tune(backend, fitted, OPEN, **how).calibration["formal-ish"]
+    whole = backend.meter(
+        backend.reference(neutral("validation")[:100], real(3, 1.0, 0)), [Site(1)]
+    )
+    at_budget = curve.at_budget
+    assert at_budget.strength == curve.strength and curve.tokens == whole.reference.tokens
+    costs = {"neutral_cost": whole}
+    for dose in curve.doses:
+        cost = tuning._worst(costs, fitted, dose.strength, "value")
+        assert dose.nats == pytest.approx(cost, abs=1e-7)
+    assert at_budget.nats <= at_budget.high <= BUDGET
+    assert curve.resolve("budget") == curve.resolve(f"{BUDGET}nat") == curve.strength
+
+
 # --- control -------------------------------------------------------------------------------------
 
 
@@ -304,14 +383,38 @@ def test_no_layer_to_choose_from_is_refused(model):
         tuning.choose_layer(model, OPEN, "diffmean", [])
 
 
-def test_only_a_tuned_steering_has_doses(fitted):
-    with pytest.raises(InputError, match="not tuned"):
-        tuning.doses_of(fitted)
+def test_a_layer_that_cannot_spend_the_budget_is_left_out_and_the_table_says_why(
+    model, monkeypatch
+):
+    real = tuning.tune
+
+    def tune(backend, fitted, *rest, **how):
+        if Site(0) in fitted.interventions:
+            raise BudgetError("no strength of this steering")
+        return real(backend, fitted, *rest, **how)
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    chosen = tuning.choose_layer(model, OPEN, "diffmean", [Site(0), Site(2)])
+    table = chosen.provenance["layers"]
+    assert tuple(chosen.interventions) == (Site(2),)
+    assert table["0.residual"] is None and table["2.residual"] > 0
+    assert chosen.provenance["layers_failed"] == {"0.residual": "no strength of this steering"}
+    whole = tuning.choose_layer(model, OPEN, "diffmean", [Site(2)])
+    assert "layers_failed" not in whole.provenance
+
+
+def test_no_layer_that_spends_the_budget_is_an_error_that_names_each(model, monkeypatch):
+    def tune(backend, fitted, *rest, **how):
+        raise BudgetError(f"nothing at {next(iter(fitted.interventions)).layer}")
+
+    monkeypatch.setattr(tuning, "tune", tune)
+    with pytest.raises(BudgetError, match=r"0\.residual: nothing at 0; 2\.residual: nothing at 2"):
+        tuning.choose_layer(model, OPEN, "diffmean", [Site(0), Site(2)])
 
 
 def test_joint_tuning_holds_both_halves_to_the_budget(model, fitted, monkeypatch):
     prompts = tuple(Prompt(f"in-format-{n}", text) for n, text in enumerate(("one two", "three")))
-    monkeypatch.setattr(tuning, "in_format", lambda behaviour, part: prompts)
+    monkeypatch.setattr(tuning, "in_format", lambda contrast, part: prompts)
     backend = HF(model)
     sites = list(fitted.interventions)
     neutral = backend.meter(backend.reference(tuning.neutral("validation"), None), sites)
@@ -327,4 +430,4 @@ def test_joint_tuning_holds_both_halves_to_the_budget(model, fitted, monkeypatch
 
 def test_joint_tuning_of_a_behaviour_without_in_format_prompts_is_an_error(model, fitted):
     with pytest.raises(InputError, match="in-format"):
-        tuning._in_format(HF(model), "of my own", list(fitted.interventions))
+        tuning._in_format(HF(model), OPEN, list(fitted.interventions))

@@ -1,5 +1,6 @@
 """Calibration: the measured dose-response curve of one behaviour, and strengths in its units."""
 
+import math
 import re
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
@@ -44,8 +45,8 @@ class Calibration:
     Attributes:
         doses: in the order of strength; negative strengths steer the other way.
         budget: nats per token. strength: the largest tried strength within the budget.
-        tokens: response tokens of the last check. preview: True when the check was left out, so
-            that the strength rests on the search's tokens alone.
+        tokens: response tokens behind the doses and the strength: those of the last check.
+            preview: True when the check was left out, so that both rest on the search's tokens.
 
     >>> curve = Calibration((Dose(0, 0, 0, 0, 0), Dose(2, 0.1, 0.09, 0.11, 0.2)), 0.1, 2.0, 300)
     >>> curve.resolve("budget"), curve.resolve("0.025nat"), curve.resolve(0.5)
@@ -69,10 +70,12 @@ class Calibration:
         """A number from a number, "budget", or a cost like "0.05nat" ("-0.05nat": the other way).
 
         Between measured strengths the root of the cost is interpolated: for small edits the cost
-        grows with the square of the strength.
+        grows with the square of the strength. The budget in nats is "budget" itself: the strength
+        that is sure to stay within it, whose own mean cost lies somewhat lower.
 
         Raises:
-            InputError: not one of these. BudgetError: a cost beyond the measured curve.
+            InputError: not one of these. BudgetError: a cost beyond the measured curve, or in a
+                direction that was not measured.
         """
         if not isinstance(strength, str):
             return parse_number(str(strength))
@@ -83,6 +86,8 @@ class Calibration:
             return parse_number(strength)
         sign = -1.0 if match[1] == "-" else 1.0
         wanted = float(match[2])
+        if sign * self.strength > 0 and math.isclose(wanted, self.budget):
+            return self.strength
         side = sorted(
             (abs(d.strength), d.nats)
             for d in self.doses
@@ -91,7 +96,13 @@ class Calibration:
         strengths = np.array([0.0, *(s for s, _ in side if s > 0)])
         # A cost never falls with strength but for noise; interpolation needs it monotone.
         nats = np.maximum.accumulate(np.array([0.0, *(n for s, n in side if s > 0)]))
-        if len(strengths) < 2 or wanted > nats[-1]:
+        if len(strengths) < 2:
+            raise BudgetError(
+                f"strength {strength!r}: this curve was measured in one direction",
+                expected="a cost in the other",
+                remedy="tune with both_ways=True (command line: --both-ways)",
+            )
+        if wanted > nats[-1]:
             raise BudgetError(
                 f"strength {strength!r} is beyond the measured dose-response curve",
                 expected=f"at most {nats[-1]:.4g} nats in this direction",

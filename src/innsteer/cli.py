@@ -5,9 +5,11 @@ bad input, 3 refused for safety, 130 interrupted.
 """
 
 import json
+import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -16,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from innsteer import shelf
-from innsteer.errors import InnsteerError, UnknownName
+from innsteer.errors import DataError, InnsteerError, InputError, MismatchError, UnknownName
 from innsteer.files import require_absent
 
 app = typer.Typer(
@@ -62,8 +64,9 @@ def record(
     with Bars(as_json) as progress:
         contrast = Contrast.load(data)
         language_model = _load(model)
-        acts = tuning.record_parts(language_model, contrast, sites, **rule, progress=progress)
-        acts.save(folder)
+        acts = tuning.record_parts(
+            language_model, contrast, sites, **rule, folder=folder, progress=progress
+        )
     found = {
         "folder": str(folder),
         "rows": len(acts),
@@ -72,7 +75,9 @@ def record(
         "hash": acts.hash,
     }
     text = f"{len(acts)} rows at {', '.join(map(str, acts.sites))} in {folder}"
-    following = _command("fit", data, "--rows", folder, *_of(model), "--out", "my-steering")
+    every = ["--together"] if len(acts.sites) > 1 else []
+    words = ["fit", data, "--rows", folder, *every, *_of(model)]
+    following = _command(*words, "--out", "my-steering")
     _done(as_json, found, text, following)
 
 
@@ -93,6 +98,9 @@ def fit(
     rows: Annotated[
         Path | None, typer.Option(help="Fit on this recording instead of recording.")
     ] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="Fit all layers as one steering.")
+    ] = False,
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
@@ -104,7 +112,6 @@ def fit(
     from innsteer import tuning
     from innsteer.activations import Activations
     from innsteer.contrast import Contrast
-    from innsteer.errors import InputError
     from innsteer.site import Where
     from innsteer.steerer import get
 
@@ -118,12 +125,14 @@ def fit(
         recorded = Activations.load(rows) if rows else None
         if recorded is not None and sites:
             recorded = recorded.at(*sites)
+        if recorded is not None:
+            _fitting(recorded, rows, contrast, data, together)
         language_model = _load(model)
         if recorded is not None:
             steering = tuning.fit_rows(
                 language_model, steerer, recorded, where=place, seed=seed, progress=progress
             )
-        elif len(sites) > 1:
+        elif len(sites) > 1 and not together:
             steering = tuning.choose_layer(
                 language_model,
                 contrast,
@@ -145,6 +154,8 @@ def fit(
                 seed=seed,
                 progress=progress,
             )
+        # Where the model came from, for the next verbs; its name alone may not lead there.
+        steering = replace(steering, provenance={**steering.provenance, "model": model})
         steering.save(folder)
     text = f"fitted {method} in {steering.provenance['fit_seconds']} s -> {folder}"
     _done(as_json, _facts(steering, folder), text, _command("tune", folder, data, *_of(model)))
@@ -170,8 +181,7 @@ def tune(
     fitted = Steering.load(steering)
     with Bars(as_json) as progress:
         contrast = Contrast.load(data)
-        language_model = _load(model or _base(fitted))
-        fitted.check(language_model)
+        language_model = _base(fitted, model)
         tuned = tuning.tune(
             language_model,
             fitted,
@@ -188,7 +198,9 @@ def tune(
         out.print(_dose_table(tuned))
     curve = tuned.calibration[tuned.behaviours[0]]
     text = f"strength {curve.strength:.4g} spends {budget} nats per token"
-    following = _command("eval", steering, "--data", data, *_of(model), "--out", "report")
+    following = _command(
+        "eval", steering, "--data", data, *_of(model or _source(tuned)), "--out", "report"
+    )
     _done(as_json, _facts(tuned, steering), text, following)
 
 
@@ -206,21 +218,21 @@ def generate(
     as_json: JSON = False,
 ) -> None:
     """Answer prompts, plain and steered side by side."""
+    if not prompt and sys.stdin.isatty():
+        raise InputError("no prompt", expected="arguments, or lines on standard input")
     from innsteer.backends.base import Prompt, Sampling
     from innsteer.backends.hf import HF
-    from innsteer.errors import InputError
     from innsteer.steering import Steering
 
     fitted = Steering.load(steering)
     edit = fitted.edit(strength or None)
     texts = [text for text in prompt or ["-"] if text != "-"]
-    if prompt is None or "-" in prompt:
+    if not prompt or "-" in prompt:
         texts += [line.strip() for line in sys.stdin if line.strip()]
     if not texts:
         raise InputError("no prompt", expected="arguments, or lines on standard input")
     with Bars(as_json) as progress:
-        language_model = _load(model or _base(fitted))
-        fitted.check(language_model)
+        language_model = _base(fitted, model)
         backend = HF(language_model)
         prompts = [Prompt(str(n), text) for n, text in enumerate(texts)]
         sampling = Sampling(tokens, temperature, seed)
@@ -264,7 +276,6 @@ def evaluate(
     require_absent(folder)
     from innsteer import evaluation
     from innsteer.contrast import Contrast
-    from innsteer.errors import InputError
     from innsteer.steering import Steering
     from innsteer.suites import behaviour as suites
 
@@ -272,11 +283,13 @@ def evaluate(
     if len(loaded) < len(steering):
         raise InputError("folders of the same name", expected="a name of its own for every arm")
     with Bars(as_json) as progress:
-        contrast = Contrast.load(data)
-        language_model = _load(model or _base(next(iter(loaded.values()))))
+        suite = suites.load(Contrast.load(data), instruction=instruction)
+        if not suite.instruction:
+            _warn("no instruction is known, so no prompt-only arm; give one with --instruction")
+        first = next(iter(loaded.values()))
+        language_model = _base(first, model)
         for fitted in loaded.values():
-            fitted.check(language_model)
-        suite = suites.load(contrast, instruction=instruction)
+            _check(fitted, language_model)
         report = evaluation.compare(
             language_model,
             loaded,
@@ -294,7 +307,7 @@ def evaluate(
         as_json,
         {"folder": str(folder)} | report.to_json(),
         f"report in {folder / 'report.html'}",
-        _command("generate", steering[0], "Hello", *_of(model)),
+        _command("generate", steering[0], "Hello", *_of(model or _source(first))),
     )
 
 
@@ -314,7 +327,8 @@ def inspect(steering: STEERING, as_json: JSON = False) -> None:
         out.print(table)
         if fitted.calibration:
             out.print(_dose_table(fitted))
-    _done(as_json, facts, "every file matches its seal", _command("generate", steering, "Hello"))
+    following = _command("generate", steering, "Hello", *_of(_source(fitted)))
+    _done(as_json, facts, "every file matches its seal", following)
 
 
 @app.command()
@@ -324,17 +338,21 @@ def methods(as_json: JSON = False) -> None:
     if as_json:
         _print_json(found)
         return
-    table = Table("name", "needs", "trained", "what", "paper")
+    # No table: a paper's address must stand whole, however narrow the terminal.
     for row in found:
-        trained = "yes" if row["trained"] else "closed form"
-        table.add_row(row["name"], ", ".join(row["needs"]), trained, row["summary"], row["paper"])
-    out.print(table)
+        trained = "trained" if row["trained"] else "closed form"
+        needs = ", ".join(row["needs"])
+        out.print(f"[bold]{row['name']}[/bold]  [dim]needs {needs}; {trained}[/dim]")
+        out.print(f"  {_escape(row['summary'])}\n  {_escape(row['paper'])}\n")
     _next("innsteer fit critical --method diffmean --out my-steering")
 
 
 @app.command()
 def demo(
-    folder: Annotated[Path, typer.Option("--out", "-o", help="Must not exist.")] = Path("demo"),
+    folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("demo"),
+    again: Annotated[
+        bool, typer.Option("--replace", help="Replace an earlier demo in that folder.")
+    ] = False,
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
@@ -342,7 +360,7 @@ def demo(
     from innsteer import demo as room
 
     with Bars(as_json) as progress:
-        made = room.run(folder, seed=seed, progress=progress)
+        made = room.run(folder, replace=again, seed=seed, progress=progress)
     facts = {
         "folder": str(made.folder),
         "artifact": str(made.artifact),
@@ -427,9 +445,59 @@ def _command(*words: object) -> str:
     return shlex.join(["innsteer", *map(str, words)])
 
 
-def _base(steering: Any) -> str:
-    """The model that a steering was fitted on, by name."""
+def _source(steering: Any) -> str:
+    """What to load the model from that a steering was fitted on; its name, where none was kept."""
+    kept = steering.provenance.get("model")
+    if isinstance(kept, str) and kept:
+        return kept
     return steering.base.name if steering.base else "smollm2"
+
+
+def _base(steering: Any, model: str) -> Any:
+    """The model given, or the one that a steering was fitted on; refused if it is another."""
+    try:
+        found = _load(model or _source(steering))
+    except InputError as error:
+        if model:
+            raise
+        raise InputError(
+            f"the model that this steering was fitted on: {error}",
+            remedy="say where it is: --model",
+        ) from error
+    _check(steering, found)
+    return found
+
+
+def _check(steering: Any, model: Any) -> None:
+    """Refuse another model, with a remedy that the command line has."""
+    try:
+        steering.check(model)
+    except MismatchError as error:
+        what, _, _ = error.message.partition("; expected ")
+        raise MismatchError(
+            what,
+            expected="the same base model, tokenizer and chat template",
+            remedy="name that model with --model, or fit again on this one",
+        ) from error
+
+
+def _fitting(acts: Any, rows: object, contrast: Any, data: str, together: bool) -> None:
+    """Refuse rows that are not of this data, or of several layers without a word about them."""
+    used = tuple(item for item in contrast.items if item.split in ("train", "validation"))
+    hashes = [replace(contrast, items=used).hash, contrast.hash]
+    if (recorded := acts.provenance.get("contrast")) and recorded not in hashes:
+        raise DataError(
+            f"{rows} was recorded from {', '.join(acts.behaviours)!r} ({recorded[:12]}), and "
+            f"{data} is {contrast.behaviour!r} ({hashes[0][:12]})",
+            expected="rows recorded from the same data",
+            remedy="record this data, or name the data that was recorded",
+        )
+    if len(acts.sites) > 1 and not together:
+        raise InputError(
+            f"{rows} has several layers: {', '.join(map(str, acts.sites))}",
+            expected="one",
+            remedy="pick one with --layers, or fit them as one steering with --together",
+        )
 
 
 def _sites(text: str) -> list[Any]:
@@ -441,7 +509,6 @@ def _sites(text: str) -> list[Any]:
 def _read(text: str) -> dict[str, Any]:
     """The read rule: a name, or span:START:STOP counted from the answer's first token."""
     from innsteer.activations import READS
-    from innsteer.errors import InputError
 
     name, *ends = text.split(":")
     if name and name not in READS:
@@ -457,14 +524,15 @@ def _read(text: str) -> dict[str, Any]:
 
 def _fields(method: str, pairs: list[str]) -> dict[str, Any]:
     """Fields of a method from name=value; values are JSON, or plain text."""
-    from innsteer.errors import InputError
-
     found: dict[str, Any] = {}
     for pair in pairs:
         name, mark, value = pair.partition("=")
         if not mark:
+            known = next(row["fields"] for row in shelf.describe() if row["name"] == method)
             raise InputError(
-                f"--set {pair!r}", expected="name=value", remedy="see innsteer methods"
+                f"--set {pair!r}",
+                expected="name=value",
+                remedy=f"the fields of {method!r}: {', '.join(known) or 'none'}",
             )
         try:
             found[name] = json.loads(value)
@@ -476,8 +544,6 @@ def _fields(method: str, pairs: list[str]) -> dict[str, Any]:
 def _typed(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
     """Fields in the types that the method declares; names that it does not know stay."""
     from pydantic import TypeAdapter, ValidationError
-
-    from innsteer.errors import InputError
 
     try:
         typed: Any = TypeAdapter(kind).validate_python(fields)
@@ -548,12 +614,18 @@ def _print_json(value: Any) -> None:
     print(json.dumps(value, indent=2, allow_nan=False, default=str))
 
 
+def _warn(text: str) -> None:
+    err.print(f"[yellow]warning:[/yellow] {_escape(text)}", soft_wrap=True)
+
+
 def _next(command: str) -> None:
     out.print(f"[dim]next:[/dim] {_escape(command)}")
 
 
 def main() -> NoReturn:
     """Entry point: known errors are one message and an exit code, never a traceback."""
+    # Threads that spin while they wait burn a core for nothing; read when torch is first loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         code = app(standalone_mode=False)
     except InnsteerError as error:
@@ -563,6 +635,9 @@ def main() -> NoReturn:
     except UsageError as error:
         if not (message := error.format_message()):  # no argument at all: the help was printed
             sys.exit(2)
+        if message.startswith("No such command"):
+            verbs = ", ".join(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
+            message += f" The verbs: {verbs}"
         _fail(message, 2)
     if code == 130:
         _fail("interrupted; nothing half-written was left", code)

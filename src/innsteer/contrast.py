@@ -87,6 +87,8 @@ class Contrast:
     citation: str = ""
     notes: tuple[str, ...] = ()
     """What loading found and did, one sentence each."""
+    builtin: bool = False
+    """Loaded from the shelf under its own name, so that the built-in suite is its own."""
 
     @classmethod
     def load(
@@ -121,8 +123,8 @@ class Contrast:
             DataError: the file or one of its rows cannot be used; names file, line and value.
             LeakError: a given split has one group on two sides.
         """
-        rows, name = _open(source)
-        name = behaviour if behaviour is not None else name
+        rows, found = _open(source)
+        name = behaviour if behaviour is not None else found
         pairs = [read_pair(row) for row in rows]
         ids = _ids(rows, name)
         groups, notes = _groups(rows, pairs, ids)
@@ -144,7 +146,9 @@ class Contrast:
             for n, pair in enumerate(pairs)
         )
         citation = "; ".join(sorted({pair.citation for pair in pairs} - {""}))
-        return cls(name, "choice" if choice else "open", items, citation, tuple(notes))
+        kind: Literal["open", "choice"] = "choice" if choice else "open"
+        builtin = isinstance(source, str) and source in names() and name == source
+        return cls(name, kind, items, citation, tuple(notes), builtin)
 
     def part(self, name: str) -> Self:
         """The items of train, validation or test; at least two of them, or a DataError."""
@@ -181,7 +185,8 @@ class Contrast:
     def hash(self) -> str:
         """SHA-256 over behaviour, kind and every field of the items, in their order.
 
-        The order counts, since it is the order of the recorded rows; citation and notes do not.
+        The order counts, since it is the order of the recorded rows; citation, notes and origin do
+        not.
         """
         digest = sha256(json.dumps([self.behaviour, self.kind]).encode())
         for item in self.items:

@@ -1,8 +1,9 @@
 """The demo: fit INNSteer and DiffMean on a built-in behaviour, tune both, show what came of it."""
 
+import dataclasses
 import os
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from innsteer import evaluation, tuning
 from innsteer.backends.base import Progress, silent
 from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast
-from innsteer.files import require_absent
+from innsteer.errors import InputError
+from innsteer.files import fresh_folder, require_absent
 from innsteer.models import load_model
 from innsteer.report import Report
 from innsteer.steerer import get
@@ -19,6 +21,7 @@ from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
 
 MODEL, BEHAVIOUR = "smollm2", "critical"
+METHODS = ("diffmean", "innsteer")
 PAIRS, HELD_OUT = 80, 20
 
 
@@ -40,14 +43,23 @@ class Demo:
     matmul_seconds: float
 
 
-def run(folder: str | Path, *, seed: int = 0, progress: Progress = silent) -> Demo:
+def run(
+    folder: str | Path, *, replace: bool = False, seed: int = 0, progress: Progress = silent
+) -> Demo:
     """Fit, tune, evaluate and save, at preview size.
 
+    Args:
+        replace: an earlier demo in that folder, at the end and only if all went well.
+
     Raises:
-        InputError: the folder exists. MissingPackage: the scorer's is not there.
+        InputError: the folder exists; with ``replace``, it holds something else than a demo.
+        MissingPackage: the scorer's is not there.
     """
     folder = Path(folder)
-    require_absent(folder)
+    if not (replace and folder.is_dir()) or folder.is_symlink():
+        require_absent(folder)
+    else:
+        _require_demo(folder)
     evaluation.require_scorer(suites.meta(BEHAVIOUR)["scorer"])
     seconds: dict[str, float] = {}
     clock = _Clock(seconds)
@@ -63,7 +75,7 @@ def run(folder: str | Path, *, seed: int = 0, progress: Progress = silent) -> De
     clock.lap("record")
     backend = HF(model)
     steerings: dict[str, Steering] = {}
-    for name in ("diffmean", "innsteer"):
+    for name in METHODS:
         fitted = tuning.fit_rows(model, get(name), acts, seed=seed, progress=progress)
         clock.lap(f"fit {name}")
         steerings[name] = tuning.tune(
@@ -82,9 +94,10 @@ def run(folder: str | Path, *, seed: int = 0, progress: Progress = silent) -> De
         model, steerings, suite, sizes=evaluation.PREVIEW, seed=seed, progress=progress
     )
     clock.lap("evaluate")
-    for name, steering in steerings.items():
-        steering.with_card(evaluation.card(report, name)).save(folder / name)
-    report.save(folder / "report")
+    with fresh_folder(folder, replace=replace) as staging:
+        for name, steering in steerings.items():
+            steering.with_card(evaluation.card(report, name)).save(staging / name)
+        report.save(staging / "report")
     clock.lap("save")
     return Demo(folder, folder / "innsteer", report, seconds, _cpu() - cpu, matmul)
 
@@ -100,13 +113,26 @@ def matmul_seconds(size: int = 1536, repeats: int = 5) -> float:
     return sorted(times)[repeats // 2]
 
 
+def _require_demo(folder: Path) -> None:
+    """Refuse to replace a folder that holds anything but an earlier demo."""
+    marks = [folder / "innsteer" / "steering.json", folder / "report" / "report.html"]
+    foreign = sorted({path.name for path in folder.iterdir()} - {*METHODS, "report"})
+    if foreign or not all(mark.is_file() for mark in marks):
+        raise InputError(
+            f"{folder} is no earlier demo: it "
+            + (f"holds {', '.join(foreign[:3])}" if foreign else "lacks innsteer/ or report/"),
+            expected="a folder that the demo wrote, and nothing else in it",
+            remedy="choose another name, or remove it first",
+        )
+
+
 def _small(contrast: Contrast, seed: int) -> Contrast:
     """Fewer training and validation items: the demo must be quick."""
     kept = [
         contrast.part("train").subset(PAIRS, seed),
         contrast.part("validation").subset(HELD_OUT, seed),
     ]
-    return replace(contrast, items=tuple(item for part in kept for item in part.items))
+    return dataclasses.replace(contrast, items=tuple(item for part in kept for item in part.items))
 
 
 class _Clock:

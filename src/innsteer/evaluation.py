@@ -17,6 +17,7 @@ from innsteer.backends.base import Completion, Progress, Prompt, Sampling, silen
 from innsteer.backends.hf import HF, Meter, instruct
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError
+from innsteer.figures import PROMPT_ONLY, RANDOM, UNSTEERED
 from innsteer.interventions import Edit, Shift
 from innsteer.models import LanguageModel
 from innsteer.report import Cloud, DosePoint, Figure, Report, TokenTrail
@@ -24,9 +25,8 @@ from innsteer.site import Site
 from innsteer.steerer import Interventions
 from innsteer.steering import Steering
 from innsteer.suites.behaviour import Suite
-from innsteer.tuning import control, control_meter, control_metric
+from innsteer.tuning import check_unseen, control, control_meter, control_metric
 
-UNSTEERED, PROMPTED, RANDOM = "unsteered", "prompt-only", "random direction"
 RANGES = ("0.01nat", "0.03nat", "budget")
 
 
@@ -90,10 +90,13 @@ def compare(
 
     Raises:
         InputError: a steering that was not tuned: without a budget nothing can be compared.
+        LeakError: a steering was fitted on items of the suite.
     """
     for name, steering in steerings.items():
         if not steering.calibration:
             raise InputError(f"{name!r} was not tuned", remedy="tune it to a budget first")
+        if suite.items is not None:
+            check_unseen(steering, suite.items)
     arms = standard_arms(model, steerings, suite, seed=seed)
     return evaluate(
         model, arms, suite, steerings=steerings, sizes=sizes, seed=seed, progress=progress
@@ -116,11 +119,12 @@ def standard_arms(
 ) -> list[Arm]:
     """Unsteered, prompt-only (where an instruction is known), a random direction, the steerings.
 
-    The random direction moves activations as far, relative to their norm, as the last steering.
+    The random direction has no dial: it moves activations as far, relative to their norm, as the
+    last steering does, and stands at its own cost.
     """
     arms = [Arm(UNSTEERED)]
     if suite.instruction:
-        arms.append(Arm(PROMPTED, instruction=suite.instruction))
+        arms.append(Arm(PROMPT_ONLY, instruction=suite.instruction))
     steered = [
         Arm(name, steering.edit(), steering.resolve()) for name, steering in steerings.items()
     ]
@@ -178,7 +182,9 @@ def evaluate(
     completions += run.plain(arms)
     figures = [*_figures(arms, suite, completions), *run.ranges(steerings)]
     unchecked = any(c.preview for s in steerings.values() for c in s.calibration.values())
-    preview = sizes.preview or unchecked
+    measured = [c.tokens for c in completions if c.kind == "neutral" and c.arm == arms[0].name]
+    # Fewer than the measure asks for (100 prompts, 2,000 tokens) is a foretaste.
+    preview = sizes.preview or unchecked or len(measured) < 100 or sum(measured) < 2000
     context = {
         "model": model.name,
         "behaviour": suite.behaviour,
@@ -425,10 +431,13 @@ class _Run:
         ids, start = reference.ids[0], reference.lengths[0]
         (edit,) = arm.edits
         # One number per site and token in scope; several sites: the mean over them.
-        rows = np.array(moved).reshape(len(edit.interventions), -1).mean(0).tolist()
+        rows = (
+            np.array(moved).reshape(len(edit.interventions), -1).mean(0).tolist() if moved else []
+        )
         spans = edit.where.spans(prompt=start, turns=[(start - 1, None)])
         steered = [t for t in range(len(ids)) if any(a <= t < (b or len(ids)) for a, b in spans)]
-        shown = dict(zip(steered, rows, strict=True))
+        # At strength 0 nothing was edited, so that there is nothing to show.
+        shown = dict(zip(steered, rows, strict=bool(moved)))
         return TokenTrail(
             arm.name,
             completion.item,
@@ -543,8 +552,11 @@ def _notes(
             "A preview: few prompts and short answers, or strengths searched on a few hundred "
             "tokens and not checked. The benchmark measures at full size."
         )
-    if any(arm.name == PROMPTED for arm in arms):
-        notes.append("Prompt-only has no dial: it stands at its own cost and is not ranked.")
+    if any(arm.name == PROMPT_ONLY for arm in arms):
+        notes.append(
+            "Prompt-only and the random direction have no dial: they stand at their own cost and "
+            "are not ranked."
+        )
     elif arms and arms[0].name == UNSTEERED:
         notes.append("No instruction was given, so the prompt-only arm is missing.")
     budgets = {n: c.budget for n, s in steerings.items() for c in s.calibration.values()}

@@ -13,6 +13,7 @@ from pydantic import BeforeValidator
 
 UNSTEERED = "unsteered"
 PROMPT_ONLY = "prompt-only"
+RANDOM = "random-direction"
 COST = "neutral_cost"
 # A cell more than 10 % over the budget is marked and not ranked.
 TOLERANCE = 1.1
@@ -84,7 +85,7 @@ class TokenTrail:
 ARMS = {
     UNSTEERED: "Unsteered",
     PROMPT_ONLY: "Prompt only",
-    "random-direction": "Random direction",
+    RANDOM: "Random direction",
     "diffmean": "DiffMean",
     "innsteer": "INNSteer",
 }
@@ -119,6 +120,7 @@ DIAGNOSTICS = {
     "round_trip": "worst relative error of mapping there and back, float32; 0 is exact",
     "round_trip_64": "the same in float64",
     "displacement": "mean |h' - h| / |h| at strength 1",
+    "held_out": "1 = measured on validation rows, 0 = on the rows that were fitted",
 }
 
 

@@ -7,6 +7,7 @@ to no others, so a sequence at strength 0 never passes through any arithmetic.
 
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -35,7 +36,8 @@ class Trace:
             selected and whose coefficients are not all 0.
         selected: number of tokens selected by scope since attaching, at any strength.
         touched: number of tokens edited since attaching, counted once for all sites.
-        nonfinite: tokens left alone because their activation was not finite.
+        nonfinite: how often a site left a token alone because its activation was not finite; one
+            that every site left alone is neither ``steered`` nor ``touched``.
     """
 
     steered: list[list[int]] = field(default_factory=list)
@@ -56,7 +58,8 @@ class Attachment:
         trace: one that several attachments share; the caller then calls ``require_selected``.
 
     Raises:
-        NothingSteeredError: on leaving, when no token was in any edit's scope.
+        NothingSteeredError: on leaving, when no token was in any edit's scope, or none of those to
+            be edited was finite.
         PositionError, RefusedError: in a pass whose positions cannot be known or trusted.
     """
 
@@ -79,6 +82,9 @@ class Attachment:
         self._turns = [tuple(spans) for spans in turns] if turns is not None else None
         self._scopes: list[tuple[Tensor, Tensor, Tensor]] = []
         self._plan: list[tuple[Tensor, Tensor]] = []
+        # Of the pass: its positions, and how often a site left each of its tokens alone.
+        self._at = torch.empty(0, 0)
+        self._spoiled: Counter[int] = Counter()
         self._first: int | None = None
         self._stack = ExitStack()
         self._shared = trace is not None
@@ -96,6 +102,8 @@ class Attachment:
 
             def mark(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
                 self._mark(getattr(output, "past_key_values", None))
+                if self._spoiled:
+                    self._discount()
 
             stack.callback(base.register_forward_pre_hook(plan, with_kwargs=True).remove)
             stack.callback(base.register_forward_hook(mark).remove)
@@ -148,6 +156,19 @@ class Attachment:
         self._first = start + int((touched % time).min()) if rows else None
         device = self._model.device
         self._plan = [(index.to(device), coef.to(device)) for index, coef in plan]
+        self._at, self._spoiled = positions, Counter()
+
+    def _discount(self) -> None:
+        """After a pass with rows that were not finite: those that no site edited do not count."""
+        planned: Counter[int] = Counter()
+        for edit, (index, _) in zip(self._edits, self._plan, strict=True):
+            for _site in edit.interventions:
+                planned.update(index.tolist())
+        flat, time = self._at.flatten().tolist(), self._at.shape[1]
+        for token, times in self._spoiled.items():
+            if times == planned[token]:
+                self.trace.steered[token // time].remove(flat[token])
+                self.trace.touched -= 1
 
     def _scope(self, edit: Edit, batch: int) -> tuple[Tensor, Tensor, Tensor]:
         """An edit's coefficients ``[batch, k]``, which rows have any ``[batch, 1]``, and its spans.
@@ -222,7 +243,10 @@ class Attachment:
         flat = h.reshape(-1, h.shape[-1])
         every = len(index) == len(flat)
         rows = flat if every else flat[index.to(flat.device)]
-        self.trace.nonfinite += int((~torch.isfinite(rows).all(-1)).sum())
+        broken = ~torch.isfinite(rows).all(-1)
+        if count := int(broken.sum()):
+            self.trace.nonfinite += count
+            self._spoiled.update(index[broken.to(index.device)].tolist())
         new = part(rows, coef.to(rows.device))
         if self._displacement is not None:
             before, after = rows.float(), new.float()
@@ -260,11 +284,17 @@ class Attachment:
 
 
 def require_selected(trace: Trace, edits: Sequence[Edit]) -> None:
-    """Refuse a steered run in which no token was in scope.
+    """Refuse a steered run in which no token was in scope, or none of those it meant was finite.
 
     Raises:
         NothingSteeredError: so it was; strength 0 alone is no error.
     """
+    if trace.nonfinite and not trace.touched:
+        raise NothingSteeredError(
+            "no token was steered: every activation to be edited was infinite or NaN",
+            expected="finite activations at the steered sites",
+            remedy="load the model in float32 or bfloat16, and look at what it computes unsteered",
+        )
     if not trace.selected:
         scopes = ", ".join(sorted({str(edit.where) for edit in edits}))
         raise NothingSteeredError(

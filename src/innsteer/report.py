@@ -24,6 +24,7 @@ from innsteer.figures import (
     DIAGNOSTICS,
     MEASURES,
     PROMPT_ONLY,
+    RANDOM,
     TOLERANCE,
     UNSTEERED,
     Cloud,
@@ -90,7 +91,7 @@ class Report:
     def over_budget(self, arm: str) -> bool:
         """Whether an arm with a dial costs over 10 % more than the budget: it is not ranked."""
         cost = self.figure(arm, COST)
-        dial = not is_arm(arm, PROMPT_ONLY)
+        dial = bool(self.budget) and not self._without_dial(arm)
         return dial and cost is not None and cost.value > TOLERANCE * self.budget
 
     def finding(self) -> str:
@@ -108,7 +109,7 @@ class Report:
         words = [self._headline(best, plain, what)]
         words += [self._rival(f, best) for a, f in dialled.items() if a != best.arm]
         for arm, figure in own.items():
-            if is_arm(arm, PROMPT_ONLY):
+            if is_arm(arm, PROMPT_ONLY) or is_arm(arm, RANDOM):
                 cost = self.figure(arm, COST)
                 price = f" of {short(cost.value)} nats per token" if cost else ""
                 words.append(
@@ -117,12 +118,13 @@ class Report:
         return " ".join(words)
 
     def _without_dial(self, arm: str) -> bool:
-        return is_arm(arm, UNSTEERED) or is_arm(arm, PROMPT_ONLY)
+        return any(is_arm(arm, name) for name in (UNSTEERED, PROMPT_ONLY, RANDOM))
 
     def _headline(self, best: Figure, plain: Figure | None, what: str) -> str:
         step = self.figure(best.arm, self.control, plain.arm) if plain else None
         move = f"{write(plain).value} to {write(best).value}" if plain else write(best).value
-        words = f"At {short(self.budget)} nats per token {arm_title(best.arm)} "
+        at = f"At {short(self.budget)} nats per token " if self.budget else ""
+        words = f"{at}{arm_title(best.arm)} "
         words += f"moves the {what} from {move}" if plain else f"brings the {what} to {move}"
         if step is None:
             return words + "."
@@ -167,7 +169,7 @@ class Report:
             yield _grid(block)
 
     def _name(self, arm: str) -> str:
-        if is_arm(arm, PROMPT_ONLY):
+        if is_arm(arm, PROMPT_ONLY) or is_arm(arm, RANDOM):
             return f"{arm_title(arm)} (no dial)"
         return arm_title(arm) + (" (over budget)" if self.over_budget(arm) else "")
 
@@ -243,7 +245,12 @@ class Report:
             largest=max((x for t in self.trails for x in t.displacement if x == x), default=0.0),
             measures=MEASURES,
             diagnostics=DIAGNOSTICS,
-            names={"cost": COST, "unsteered": UNSTEERED, "prompt_only": PROMPT_ONLY},
+            names={
+                "cost": COST,
+                "unsteered": UNSTEERED,
+                "prompt_only": PROMPT_ONLY,
+                "random": RANDOM,
+            },
             is_arm=is_arm,
             count=_count,
         )

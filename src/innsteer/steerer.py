@@ -8,9 +8,10 @@ d]`` and an engine's ragged batch alike.
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -153,6 +154,52 @@ class Steerer(ABC):
     def diagnose(self, acts: Activations, fitted: Interventions) -> dict[str, float]:
         """Figures on the fitted map's health, for reports; none unless the method has some."""
         return {}
+
+
+def weights(acts: Activations, behaviour: str) -> tuple[Tensor, Tensor]:
+    """Weights of a behaviour's source and target rows, float64, in the order of ``acts.sides``.
+
+    Raises:
+        InputError: one of them is not above 0.
+    """
+    rows, parts = acts.rows, []
+    for side in ("source", "target"):
+        found = rows.weight[(rows.side == side) & (rows.behaviour == behaviour)]
+        if not (np.isfinite(found) & (found > 0)).all():
+            raise InputError(
+                f"weights from {found.min()} to {found.max()} of the {side} rows of {behaviour!r}",
+                expected="finite numbers above 0",
+                remedy="leave out the rows that shall not count",
+            )
+        parts.append(torch.from_numpy(found))
+    return parts[0], parts[1]
+
+
+def side_means(
+    acts: Activations,
+    site: Site,
+    behaviour: str,
+    *,
+    through: Callable[[Tensor], Tensor] = Tensor.double,
+) -> tuple[Tensor, Tensor]:
+    """Weighted means ``[d]`` of a behaviour's source and target rows, mapped ``through`` first.
+
+    Equal weights give the plain mean, bit for bit.
+
+    >>> acts = Activations.of_sides(torch.zeros(2, 1), torch.tensor([[0.0], [3.0]]))
+    >>> acts.rows.weight[3] = 2.0
+    >>> side_means(acts, acts.site, "behaviour")[1].item()
+    2.0
+    """
+    means = []
+    for part, weight in zip(acts.sides(site, behaviour), weights(acts, behaviour), strict=True):
+        rows = through(part)
+        if (weight == weight[0]).all():
+            means.append(rows.mean(0))
+        else:
+            share = weight / weight.sum()
+            means.append((share @ rows.double()).to(rows.dtype))
+    return means[0], means[1]
 
 
 def get(name: str, **fields: Any) -> Steerer:

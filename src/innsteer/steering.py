@@ -4,7 +4,9 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from jinja2 import Environment, PackageLoader
@@ -17,7 +19,7 @@ from innsteer import steerer as contract
 from innsteer.calibration import Calibration, parse_number
 from innsteer.errors import FormatError, InputError, MismatchError
 from innsteer.files import canonical, fresh_folder, read_json, sha256_file, write_json, write_text
-from innsteer.fingerprint import Fingerprint
+from innsteer.fingerprint import Fingerprint, fingerprint
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
 from innsteer.models import LanguageModel
@@ -124,7 +126,8 @@ class Steering:
 
         Args:
             model: a LanguageModel, or a Hugging Face model. Only the first can be checked against
-                the tokenizer and template that the steering was fitted with.
+                the tokenizer and template that the steering was fitted with; structure and weights
+                are checked either way.
             strength: a number, one per sequence, "budget", "0.05nat"; default: the budget if
                 tuned, else 1.
             prompt_lengths, turns: see ``Attachment``.
@@ -133,23 +136,29 @@ class Steering:
         Raises:
             MismatchError: another model. NothingSteeredError: on leaving, when nothing was steered.
         """
-        if isinstance(model, LanguageModel) and not allow_mismatch:
+        if not allow_mismatch:
             self.check(model)
         edits = [self.edit(strength, behaviour=behaviour)]
         return Attachment(model, edits, prompt_lengths=prompt_lengths, turns=turns)
 
-    def check(self, model: LanguageModel) -> None:
+    def check(self, model: LanguageModel | nn.Module) -> None:
         """Refuse a model other than the one that the steering was fitted on.
+
+        Without a tokenizer, structure and weights are what is compared.
 
         Raises:
             MismatchError: it names what differs.
         """
         if self.base is None:
             return
-        differing = self.base.differs(model.fingerprint)
+        if isinstance(model, LanguageModel):
+            name, differing = model.name, self.base.differs(model.fingerprint)
+        else:
+            name, own = type(model).__name__, _of_model(model)
+            differing = [part for part in self.base.differs(own) if part in ("base", "weights")]
         if differing:
             raise MismatchError(
-                f"this steering was fitted on {self.base.name!r}, and {model.name!r} has another "
+                f"this steering was fitted on {self.base.name!r}, and {name!r} has another "
                 + ", ".join(differing),
                 expected="the same base model, tokenizer and chat template",
                 remedy="fit it on this model; or pass allow_mismatch=True and measure again",
@@ -289,6 +298,17 @@ class Steering:
         return replace(
             self, calibration=dict(self.calibration) | dict(calibration), provenance=notes
         )
+
+
+_OWN: WeakKeyDictionary[nn.Module, Fingerprint] = WeakKeyDictionary()
+_NO_TOKENIZER = SimpleNamespace(get_vocab=dict, special_tokens_map={})
+
+
+def _of_model(model: nn.Module) -> Fingerprint:
+    """Structure and weights of a model without a tokenizer, read once: it takes all the weights."""
+    if model not in _OWN:
+        _OWN[model] = fingerprint(model, _NO_TOKENIZER)
+    return _OWN[model]
 
 
 def _config(steerer: Steerer) -> dict[str, Any]:

@@ -4,6 +4,8 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +16,8 @@ from innsteer.backends.base import Completion, Kind, Progress, Prompt, Sampling,
 from innsteer.backends.hf import HF, Meter
 from innsteer.calibration import BUDGET, Calibration, Dose
 from innsteer.contrast import Contrast
-from innsteer.errors import BudgetError, InputError, MismatchError
+from innsteer.errors import BudgetError, InputError, LeakError, MismatchError
+from innsteer.files import read_json, write_json
 from innsteer.fingerprint import Fingerprint
 from innsteer.metrics import get as metric
 from innsteer.models import LanguageModel
@@ -25,6 +28,8 @@ from innsteer.suites.behaviour import in_format, neutral
 
 STAGES = 8
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.5)
+ORIGIN = ("whole_contrast", "train_groups")
+"""What a recording of parts knows of its contrast: the hash, and digests of the fitted groups."""
 Costs = Mapping[str, Meter]
 """Halves of the cost by their metric's name."""
 
@@ -44,6 +49,7 @@ def record(
     *,
     read: Read | None = None,
     span: Span = (0, None),
+    folder: str | Path | None = None,
     progress: Progress = silent,
 ) -> Activations:
     """Activations of a contrast's two sides.
@@ -52,10 +58,13 @@ def record(
         sites: where; default: one site two thirds up.
         read: which answer tokens become rows; default: their ``mean`` for open answers, ``last``
             for choices. span: those of ``span``, half-open, counted from the answer's first token.
+        folder: also write the recording there, batch by batch; it must not exist.
     """
     chosen = read or ("last" if contrast.kind == "choice" else "mean")
     where = sites or (default_site(model),)
-    return HF(model).record(contrast, where, read=chosen, span=span, progress=progress)
+    return HF(model).record(
+        contrast, where, read=chosen, span=span, folder=folder, progress=progress
+    )
 
 
 def fit(
@@ -66,6 +75,7 @@ def fit(
     sites: Sequence[Site] = (),
     read: Read | None = None,
     span: Span = (0, None),
+    folder: str | Path | None = None,
     where: Where = Where(),  # noqa: B008
     seed: int = 0,
     progress: Progress = silent,
@@ -76,7 +86,7 @@ def fit(
     Args:
         contrast: its training part is fitted; a validation part serves early stopping.
         method: a name from ``innsteer.names()``, or a steerer.
-        sites: default: one site two thirds up.
+        sites: default: one site two thirds up. folder: also write the recording there.
         **fields: of the method.
 
     Returns:
@@ -86,7 +96,9 @@ def fit(
         UnknownName: no such method or field.
     """
     steerer = get(method, **fields) if isinstance(method, str) else method
-    acts = record_parts(model, contrast, sites, read=read, span=span, progress=progress)
+    acts = record_parts(
+        model, contrast, sites, read=read, span=span, folder=folder, progress=progress
+    )
     return fit_rows(model, steerer, acts, where=where, seed=seed, progress=progress)
 
 
@@ -125,6 +137,7 @@ def fit_rows(
         "fit_seconds": round(seconds, 3),
         "torch": torch.__version__,
         "diagnostics": steerer.diagnose(acts, fitted),
+        **{key: acts.provenance[key] for key in ORIGIN if key in acts.provenance},
     }
     return Steering(
         steerer, fitted, acts.behaviours, where, model.fingerprint, provenance=provenance
@@ -138,16 +151,51 @@ def record_parts(
     *,
     read: Read | None = None,
     span: Span = (0, None),
+    folder: str | Path | None = None,
     progress: Progress = silent,
 ) -> Activations:
-    """Rows of the training part and, for early stopping, of the validation part; never of test."""
+    """Rows of the training part and, for early stopping, of the validation part; never of test.
+
+    The provenance keeps the whole contrast's hash and digests of the training groups, on which
+    tuning and evaluation then refuse to measure (``check_unseen``).
+    """
     kept = [item for item in contrast.items if item.split in ("train", "validation")]
     if not any(item.split == "train" for item in kept):
         raise InputError(
             f"contrast {contrast.behaviour!r} has no training items", expected="at least two"
         )
     part = replace(contrast, items=tuple(kept))
-    return record(model, part, sites, read=read, span=span, progress=progress)
+    acts = record(model, part, sites, read=read, span=span, folder=folder, progress=progress)
+    groups = {_digest(item.group) for item in kept if item.split == "train"}
+    origin = dict(zip(ORIGIN, (contrast.hash, sorted(groups)), strict=True))
+    acts = replace(acts, provenance={**acts.provenance, **origin})
+    if folder is not None:
+        head = Path(folder) / "activations.json"
+        write_json(head, read_json(head, "a finished recording") | {"provenance": acts.provenance})
+    return acts
+
+
+def check_unseen(steering: Steering, part: Contrast) -> None:
+    """Refuse items whose group the steering was fitted on; one that names no groups passes.
+
+    Raises:
+        LeakError: it counts the items and names the first.
+    """
+    fitted = set(steering.provenance.get("train_groups", ()))
+    seen = [item for item in part.items if _digest(item.group) in fitted]
+    if seen:
+        first = ", ".join(repr(item.id) for item in seen[:3]) + (", ..." if len(seen) > 3 else "")
+        raise LeakError(
+            f"this steering was fitted on the groups of {len(seen)} of {len(part)} {seen[0].split} "
+            f"items of {part.behaviour!r}: {first}",
+            expected="groups that the fit did not see",
+            remedy="use the file, split and seed that it was fitted with, or fit it again",
+        )
+
+
+def _digest(group: str) -> str:
+    """Short and one-way: an artifact says what it was fitted on without repeating the texts."""
+    return sha256(group.encode()).hexdigest()[:16]
 
 
 # --- control and cost ----------------------------------------------------------------------------
@@ -218,11 +266,13 @@ def tune(
     The neutral cost grows with the square of a small strength, so the search scales by the root of
     budget over cost until it lies within 3 % under the budget. The last check asks that the upper
     end of the cost's 90 % interval, on at least ``check_tokens`` response tokens of at least 100
-    neutral prompts of the validation part, stays within the budget; else strength shrinks.
+    neutral prompts of the validation part, stays within the budget; else strength shrinks. The
+    curve is measured on the tokens of that check, so that its nats are those of the budget; in a
+    preview, on the search's.
 
     Args:
         model: or a backend, which keeps the neutral continuations for the next steering.
-        contrast: control is measured on its validation part.
+        contrast: control is measured on its validation part; of a behaviour that is steered.
         budget: nats per token. fractions: of the found strength, for the curve.
         both_ways: measure negative strengths too.
         joint: hold the in-format half of the cost to the budget as well, on the behaviour's own
@@ -230,12 +280,22 @@ def tune(
         preview: leave the last check out, and say so in the artifact.
 
     Raises:
-        InputError: a budget that is not above 0; ``joint`` without in-format prompts.
+        InputError: a budget that is not above 0; a contrast of another behaviour; ``joint``
+            without in-format prompts.
+        LeakError: the steering was fitted on groups of the validation part.
         BudgetError: no strength in 1e-4 .. 1e4 spends the budget, or the check cannot be met.
     """
     if not 0 < budget < math.inf:
         raise InputError(f"budget {budget}", expected="nats per token, above 0")
+    if contrast.behaviour not in steering.behaviours:
+        raise InputError(
+            f"a contrast of {contrast.behaviour!r} for a steering of "
+            + ", ".join(map(repr, steering.behaviours)),
+            expected="the behaviour that it was fitted on",
+            remedy="tune on that contrast, or load this one with behaviour=...",
+        )
     held = contrast.part("validation")
+    check_unseen(steering, held)
     held = held.subset(min(len(held), control_items), seed)
     backend = model if isinstance(model, HF) else HF(model)
     sites = list(steering.interventions)
@@ -250,35 +310,32 @@ def tune(
             f"a check on {whole.tokens} tokens of {len(whole.ids)} prompts",
             expected=f"at least {check_tokens} tokens of 100 prompts",
         )
-    search = backend.meter(whole.part(search_tokens), sites)
-    halves: Costs = {"in_format_cost": _in_format(backend, behaviour, sites)} if joint else {}
-    strength = _search({"neutral_cost": search, **halves}, steering, budget, progress)
-    tokens = search.reference.tokens
+    meter = backend.meter(whole.part(search_tokens), sites)
+    halves: Costs = {"in_format_cost": _in_format(backend, contrast, sites)} if joint else {}
+    strength = _search({"neutral_cost": meter, **halves}, steering, budget, progress)
     if not preview:
-        check = backend.meter(whole, sites)
-        costs = {"neutral_cost": check, **halves}
-        strength = _check(costs, steering, strength, budget, progress)
-        tokens = check.reference.tokens
+        meter = backend.meter(whole, sites)
+        strength = _check({"neutral_cost": meter, **halves}, steering, strength, budget, progress)
     scored = control_meter(backend, held, sites)
     signs = (1.0, -1.0) if both_ways else (1.0,)
     grid = [0.0, *(sign * fraction * strength for sign in signs for fraction in fractions)]
     doses = []
     for n, value in enumerate(grid):
         progress("dose-response", n, len(grid))
-        doses.append(_dose(search, scored, steering, held, value))
+        doses.append(_dose(meter, scored, steering, held, value))
     progress("dose-response", len(grid), len(grid))
     ordered = tuple(sorted(doses, key=lambda dose: dose.strength))
-    curve = Calibration(ordered, budget, strength, tokens, preview)
+    curve = Calibration(ordered, budget, strength, meter.reference.tokens, preview)
     notes = {"tuned_control": control_metric(held), "tuned_costs": ["neutral_cost", *halves]}
     return steering.tuned({behaviour: curve}, **notes)
 
 
-def _in_format(backend: HF, behaviour: str, sites: Sequence[Site]) -> Meter:
+def _in_format(backend: HF, contrast: Contrast, sites: Sequence[Site]) -> Meter:
     """The in-format half of the cost, on validation prompts."""
-    prompts = in_format(behaviour, "validation")
+    prompts = in_format(contrast, "validation")
     if not prompts:
         raise InputError(
-            f"joint tuning of {behaviour!r}, which has no in-format prompts",
+            f"joint tuning of {contrast.behaviour!r}, which has no in-format prompts",
             expected="a built-in behaviour",
             remedy="tune on the neutral cost alone",
         )
@@ -350,12 +407,12 @@ def _check(
 
 
 def _dose(
-    search: Meter, scored: Meter, steering: Steering, items: Contrast, strength: float
+    meter: Meter, scored: Meter, steering: Steering, items: Contrast, strength: float
 ) -> Dose:
-    """One point of the dose-response curve."""
+    """One point of the dose-response curve: cost by ``meter``, control by ``scored``."""
     moved: list[float] = []
     edits = [steering.edit(strength)]
-    cost = metric("neutral_cost").score(search(edits, displacement=moved), level=0.9)
+    cost = metric("neutral_cost").score(meter(edits, displacement=moved), level=0.9)
     gain = metric(control_metric(items)).score(control(scored(edits), items))
     assert cost is not None and gain is not None
     displacement = float(np.mean(moved)) if moved else 0.0
@@ -380,7 +437,11 @@ def choose_layer(
 ) -> Steering:
     """Fit at each site, spend the same budget, and keep the site with the most control.
 
-    All by the search's tokens and the validation items; the table stands in the provenance.
+    All by the search's tokens and the validation items. The provenance holds the table
+    (``layers``: control, or None where no strength spends the budget) and why (``layers_failed``).
+
+    Raises:
+        BudgetError: the budget can be spent at none of the sites.
     """
     if not sites:
         raise InputError("no site to choose from", expected="at least one")
@@ -388,33 +449,30 @@ def choose_layer(
     sites = sorted(set(sites))
     rows = record_parts(model, contrast, sites, read=read, span=span, progress=progress)
     backend = HF(model)
-    tried: list[tuple[float, Steering]] = []
+    tried: dict[str, Steering] = {}
+    table: dict[str, float | None] = {}
+    failed: dict[str, str] = {}
     for site in sites:
         fitted = fit_rows(model, steerer, rows.at(site), where=where, seed=seed, progress=progress)
-        tuned = tune(
-            backend,
-            fitted,
-            contrast,
-            budget=budget,
-            fractions=(1.0,),
-            preview=True,
-            seed=seed,
-            progress=progress,
-        )
-        reached = tuned.calibration[tuned.behaviours[0]].at_budget.control
-        tried.append((reached if reached is not None else 0.0, fitted))
-    best = max(range(len(tried)), key=lambda n: tried[n][0])
-    table = {str(site): value for site, (value, _) in zip(sites, tried, strict=True)}
-    chosen = tried[best][1]
-    return replace(chosen, provenance={**chosen.provenance, "layers": table})
-
-
-def doses_of(steering: Steering) -> Mapping[str, Calibration]:
-    """The calibration of a tuned steering.
-
-    Raises:
-        InputError: it was not tuned.
-    """
-    if not steering.calibration:
-        raise InputError("this steering was not tuned", remedy="run innsteer tune on it first")
-    return steering.calibration
+        try:
+            tuned = tune(
+                backend,
+                fitted,
+                contrast,
+                budget=budget,
+                fractions=(1.0,),
+                preview=True,
+                seed=seed,
+                progress=progress,
+            )
+        except BudgetError as error:
+            table[str(site)], failed[str(site)] = None, str(error)
+            continue
+        table[str(site)] = tuned.calibration[tuned.behaviours[0]].at_budget.control or 0.0
+        tried[str(site)] = fitted
+    if not tried:
+        reasons = "; ".join(f"{site}: {reason}" for site, reason in failed.items())
+        raise BudgetError(f"no site spends {budget} nats per token: {reasons}")
+    chosen = tried[max(tried, key=lambda site: table[site] or 0.0)]
+    notes = {"layers": table} | ({"layers_failed": failed} if failed else {})
+    return replace(chosen, provenance={**chosen.provenance, **notes})

@@ -1,11 +1,15 @@
 """HF: what it generates, scores, records and measures, against the same done by hand."""
 
+import weakref
+from dataclasses import replace
+
 import pytest
 import torch
 
 import tiny
 from edits import bits, edit, hooks_of, seen, shift
-from innsteer.activations import READS, Activations
+from innsteer import metrics
+from innsteer.activations import READS, Activations, ShardWriter
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast
@@ -27,6 +31,7 @@ PROMPTS = [
     Prompt("e", "Hm", ("x",)),
 ]
 STRENGTHS = [0.0, 1.0, -1.0, 2.0, 0.5]
+SCOPES = ("generated", "assistant", "prompt", "all", "range:5:9", "range:40:70")
 SITES = [Site(0), Site(1, "mlp"), Site(1, "heads"), Site(2)]
 
 
@@ -286,6 +291,27 @@ def test_shards_on_disk_hold_the_same_rows(model, contrast, tmp_path):
         hf.record(contrast, SITES, folder=tmp_path / "rows")
 
 
+def test_a_recording_to_disk_holds_one_batch_at_a_time(model, contrast, tmp_path, monkeypatch):
+    held, alive, write = [], [], ShardWriter.write
+
+    def watched(self, values, rows):
+        alive.append(sum(ref() is not None for ref in held))
+        held.extend(weakref.ref(v) for v in values.values())
+        write(self, values, rows)
+
+    monkeypatch.setattr(ShardWriter, "write", watched)
+    HF(model, batch_tokens=150).record(contrast, SITES, folder=tmp_path / "rows")
+    assert len(alive) > 2 and set(alive) == {0}
+
+
+def test_rows_that_are_not_finite_do_not_reach_the_disk(contrast, tmp_path):
+    model = tiny.tiny_language_model("llama")
+    model.layout.blocks[1].module.mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(InputError, match="site 1.residual: .* are not finite"):
+        HF(model).record(contrast, [Site(1)], folder=tmp_path / "rows")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_interrupted_recording_leaves_no_folder_and_no_hook(model, contrast, tmp_path):
     count = hooks_of(model.model)
 
@@ -333,6 +359,51 @@ def test_cost_is_the_divergence_by_hand(model, sampling):
         assert one.values["kl"] == pytest.approx(want.tolist(), abs=1e-4)
         assert one.tokens == len(want)
     assert set(got[0].values["kl"]) == {0.0} and got[0].steered == 0
+
+
+@pytest.mark.parametrize("where", SCOPES)
+@pytest.mark.parametrize("sites", [[], [Site(1)]], ids=["whole", "replayed"])
+def test_a_meter_reads_the_scores_under_every_scope(model, where, sites):
+    hf = HF(model, batch_tokens=240)
+    prompts = [replace(p, answers=tuple(filter(None, p.answers))) for p in PROMPTS]
+    owners = [n for n, p in enumerate(prompts) for _ in p.answers]
+    steering = edit(model, STRENGTHS, where)
+    want = [row for rows in hf.score(prompts, [steering]) for row in rows]
+    got = hf.meter(hf.forced(prompts), sites)([reorder(steering, owners)])
+    assert close([[one.values["log_prob"] for one in got]], [want])
+    plain = [one.values["base_log_prob"] for one in got]
+    assert not close([plain], [want])
+
+
+@pytest.mark.parametrize(
+    ("where", "prompts", "kept"),
+    [
+        ("assistant", PROMPTS[:3], True),
+        ("assistant", PROMPTS[3:4], False),
+        ("generated", PROMPTS[3:4], True),
+        ("range:5:9", PROMPTS[3:4], False),
+    ],
+)
+def test_a_prefix_is_kept_where_nothing_in_it_is_edited(model, where, prompts, kept):
+    hf, widths = HF(model), []
+    reference = hf.forced(prompts)
+    meter = hf.meter(reference, [Site(1)])
+    block = model.layout.blocks[2].module
+    with block.register_forward_pre_hook(lambda _, args: widths.append(args[0].shape[1])):
+        meter([edit(model, 1.0, where)])
+    assert (widths[0] < max(map(len, reference.ids))) is kept
+
+
+@pytest.mark.parametrize("where", SCOPES)
+def test_the_edited_share_is_a_share_under_every_scope(model, where):
+    hf = HF(model)
+    reference = hf.reference(PROMPTS, Sampling(new_tokens=5, temperature=1.0))
+    got = hf.meter(reference)([edit(model, 1.0, where)])
+    share = metrics.get("edited_share").score(got).value
+    known = {"generated": 1, "assistant": 1, "all": 1, "prompt": 0}
+    assert share == known.get(where, share) and all(0 <= c.steered <= c.tokens for c in got)
+    # What is edited further up costs all the same.
+    assert where != "prompt" or all(c.values["kl"][0] > 0 for c in got)
 
 
 @pytest.mark.parametrize("stream", STREAMS)

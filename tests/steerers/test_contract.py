@@ -6,7 +6,7 @@ is tested by standing on the shelf: nothing here names one.
 
 import copy
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -235,6 +235,42 @@ def law_strength_points_from_source_to_target(part: Intervention, source: Tensor
     assert left(-1) > 1.2, "strength -1 does not lead away"
 
 
+def law_row_weights_count(method: Steerer, acts: Activations):
+    """Far rows turn the edit less the less they weigh; in closed form 2 is as good as twice."""
+
+    def edit(records: list[dict], values: Tensor) -> Tensor:
+        """The edit at strength 1 of a fit on these rows."""
+        part = method.fit(Activations({acts.site: values}, Rows.of(records), acts.behaviours))
+        h = rows(acts.widths[acts.site])
+        return part[acts.site](h, torch.ones(len(h), 1)) - h
+
+    def off(edited: Tensor) -> float:
+        return float((edited - without).norm() / without.norm())
+
+    own, values, few = acts.rows.records(), acts.values[acts.site], COUNT // 4
+    # The first items again, with target and source far on the wrong sides.
+    far = [row for row in own if row["split"] == "train" and int(row["item"][2:]) < few]
+    signs = torch.tensor([-20.0 if row["side"] == "target" else 20.0 for row in far])
+    other = torch.cat([values, signs[:, None].expand(-1, values.shape[1])])
+    without = edit(own, values)
+    light, heavy = (
+        edit(
+            own + [row | {"item": f"far{row['item']}", "pair": "", "weight": w} for row in far],
+            other,
+        )
+        for w in (1e-6, 1.0)
+    )
+    assert off(light) <= 0.5 * off(heavy), "the weights are ignored"
+    if type(method).trained:
+        return
+    assert off(light) < 1e-3, "a row of weight 1e-6 moves the fit"
+    twice = [n for n, row in enumerate(own) if row in far]
+    doubled = [row | {"weight": 1.0 + (n in twice)} for n, row in enumerate(own)]
+    again = [own[n] | {"item": f"again{n}", "pair": ""} for n in twice]
+    without = edit(own + again, torch.cat([values, values[twice]]))
+    assert off(edit(doubled, values)) < 1e-5, "weight 2 is not twice the row"
+
+
 # --- every method keeps them ---------------------------------------------------------------------
 
 
@@ -290,6 +326,17 @@ def test_a_fit_follows_from_rows_and_seed(name):
 @every_method
 def test_test_rows_do_not_enter_a_fit(name):
     law_test_rows_stay_unseen(brief(name), recording())
+
+
+@every_method
+def test_row_weights_count_in_a_fit(name):
+    train, held = recording().at(Site(1)), recording(seed=1, split="validation").at(Site(1))
+    acts = Activations(
+        {train.site: torch.cat([train.values[train.site], held.values[train.site]])},
+        Rows.of(train.rows.records() + held.rows.records()),
+        train.behaviours,
+    )
+    law_row_weights_count(brief(name), acts)
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method["trained"]])
@@ -450,6 +497,21 @@ class SeesAllRows(RollsDice):
         return maps
 
 
+class IgnoresWeights(RollsDice):
+    def fit(self, acts, *, seed=0):
+        maps = self.build(acts.widths)
+        for site, part in maps.items():
+            source, target = acts.where(split="train").sides(site)
+            part.shifts[0] = target.mean(0) - source.mean(0)
+        return maps
+
+
+class CountsByRoot(RollsDice):
+    def fit(self, acts, *, seed=0):
+        root = replace(acts.rows, weight=acts.rows.weight**0.5)
+        return steerer.get("diffmean").fit(replace(acts, rows=root), seed=seed)
+
+
 both_ways = pytest.mark.parametrize(
     "broken", [MasksByProduct(), RoundsZeroRows()], ids=["bad rows", "rows without strength"]
 )
@@ -507,6 +569,14 @@ def test_the_law_of_the_seed_catches_global_dice():
 def test_the_law_of_test_rows_catches_a_mean_of_all_rows():
     with pytest.raises(AssertionError, match="test rows"):
         law_test_rows_stay_unseen(SeesAllRows(), recording())
+
+
+@pytest.mark.parametrize(
+    ("broken", "match"), [(IgnoresWeights(), "ignored"), (CountsByRoot(), "1e-6|twice")]
+)
+def test_the_law_of_weights_catches_a_plain_mean_and_a_wrong_power(broken, match):
+    with pytest.raises(AssertionError, match=match):
+        law_row_weights_count(broken, recording().at(Site(1)))
 
 
 def test_the_law_of_the_arrow_catches_a_turned_sign():

@@ -87,6 +87,12 @@ def test_only_training_rows_count():
     assert torch.equal(shift(acts), shift(train))
 
 
+def test_a_row_counts_by_its_weight():
+    acts = Activations.of_sides(torch.zeros(2, 1), torch.tensor([[0.0], [4.0]]))
+    acts.rows.weight[:] = [1.0, 5.0, 1.0, 3.0]
+    assert shift(acts).tolist() == [[3.0]]
+
+
 def test_sites_are_fitted_apart_and_the_seed_is_not_used():
     base = Activations.of_sides(exact(-1), exact(1))
     rows = base.values[base.site]

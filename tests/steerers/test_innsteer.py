@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -21,7 +22,7 @@ from innsteer.flows import (
 )
 from innsteer.site import Site
 from innsteer.steerers.diffmean import DiffMean
-from innsteer.steerers.innsteer import Form, INNSteer, LatentShift
+from innsteer.steerers.innsteer import Form, INNSteer, LatentShift, _split, _spread
 from innsteer.steering import Steering
 
 ALPHAS = (-2.0, -0.5, 0.25, 1.0, 3.0)
@@ -55,6 +56,16 @@ def two_behaviours(n: int = 40, d: int = 6) -> Activations:
                 {"behaviour": f"b{b}", "item": f"{b}{side}{i}", "side": side} for i in range(n)
             ]
     return Activations({Site(0): torch.cat(parts)}, Rows.of(records), ("b0", "b1"))
+
+
+def beside(first: Activations, second: Activations, split: str) -> Activations:
+    """Two one-site recordings, the second one as another part."""
+    records = [row | {"split": split} for row in second.rows.records()]
+    return Activations(
+        {first.site: torch.cat([first.values[first.site], second.values[second.site]])},
+        Rows.of(first.rows.records() + records),
+        first.behaviours,
+    )
 
 
 def column(strength: float, n: int) -> torch.Tensor:
@@ -295,12 +306,7 @@ def test_small_unpaired_data_keeps_both_sides_in_training_and_in_holdout():
 
 def test_validation_rows_choose_the_state_and_do_not_move_the_shift():
     train, other = bent(30), bent(30, seed=8)
-    records = [row | {"split": "validation"} for row in other.rows.records()]
-    acts = Activations(
-        {train.site: torch.cat([train.values[train.site], other.values[train.site]])},
-        Rows.of(train.rows.records() + records),
-        train.behaviours,
-    )
+    acts = beside(train, other, "validation")
     part = INNSteer(hidden=4, epochs=3).fit(acts)[train.site]
     torch.testing.assert_close(part.shifts[0], latent_means(part.flow, train), rtol=0, atol=1e-6)
 
@@ -427,6 +433,7 @@ def test_diagnose_gives_the_maps_figures():
     assert set(figures) == {"fisher", "fisher_input", "consistency", "round_trip"} | {
         "round_trip_64",
         "displacement",
+        "held_out",
     }
     part, (source, target) = fitted[acts.site], acts.sides(acts.site)
     v = latent_means(part.flow, acts)
@@ -440,6 +447,87 @@ def test_diagnose_gives_the_maps_figures():
     share = ((moved - source).norm(dim=-1) / source.norm(dim=-1)).mean()
     assert figures["displacement"] == pytest.approx(float(share), rel=1e-5)
     assert 0 <= figures["round_trip_64"] < 1e-12 < figures["round_trip"] < 1e-5
+
+
+def test_diagnose_measures_on_validation_rows_and_says_so():
+    train, other = bent(30), bent(30, seed=8, gap=0.3)
+    acts = beside(train, other, "validation")
+    method = INNSteer(hidden=4, epochs=3)
+    fitted = method.fit(acts)
+    figures = method.diagnose(acts, fitted)
+    assert figures == method.diagnose(other, fitted) | {"held_out": 1.0}
+    seen = method.diagnose(train, fitted)
+    assert seen["held_out"] == 0.0 and seen["fisher"] != figures["fisher"]
+    assert method.diagnose(beside(train, other, "test"), fitted) == seen
+
+
+def test_diagnose_takes_the_worst_behaviour():
+    acts = two_behaviours()
+    records = [row | {"pair": row["item"][-2:]} for row in acts.rows.records()]
+    acts = Activations(acts.values, Rows.of(records), acts.behaviours)
+    method = INNSteer(hidden=8, epochs=5, patience=0)
+    fitted = method.fit(acts)
+    part = fitted[acts.site]
+    with torch.no_grad():
+        part.shifts[1] = -2 * part.shifts[1]
+    figures = method.diagnose(acts, fitted)
+    assert figures["consistency"] < 0  # that of the second, whose shift was turned
+    source = acts.sides(acts.site, "b1")[0]
+    moved = part(source, torch.tensor([[0.0, 1.0]]).expand(len(source), 2)) - source
+    share = float((moved.norm(dim=-1) / source.norm(dim=-1)).mean())
+    assert figures["displacement"] == pytest.approx(share, rel=1e-5)
+    # an unpaired behaviour beside a paired one has no say in the consistency
+    alone = [row | {"pair": "" if row["behaviour"] == "b1" else row["pair"]} for row in records]
+    half = Activations(acts.values, Rows.of(alone), acts.behaviours)
+    assert method.diagnose(half, fitted)["consistency"] > 0
+
+
+# --- weights -------------------------------------------------------------------------------------
+
+
+def weighing(acts: Activations, weight: torch.Tensor) -> Activations:
+    """The same rows with other weights."""
+    return replace(acts, rows=replace(acts.rows, weight=weight.double().numpy()))
+
+
+@pytest.mark.parametrize("fields", [{}, {"subspace": 3}], ids=str)
+def test_equal_weights_change_no_bit_of_a_fit(fields):
+    acts = bent(20)
+    method = INNSteer(hidden=4, epochs=3, **fields)
+    maps = [method.fit(a) for a in (acts, weighing(acts, torch.full((40,), 0.3)))]
+    first, second = (Steering(method, each, acts.behaviours).identity for each in maps)
+    assert first == second
+
+
+def test_the_shift_is_the_difference_of_weighted_latent_means():
+    weight = torch.rand(40, generator=draws(2)) + 0.1
+    acts = weighing(bent(20), weight)
+    part = INNSteer(hidden=4, epochs=3).fit(acts)[acts.site]
+    sides = (part.flow(side) for side in acts.sides(acts.site))
+    means = [(w[:, None] * z).sum(0) / w.sum() for z, w in zip(sides, weight.chunk(2), strict=True)]
+    torch.testing.assert_close(part.shifts[0], means[1] - means[0], rtol=0, atol=1e-5)
+
+
+def test_batches_start_and_held_out_rows_follow_the_weights():
+    acts = bent(20)
+    weight = torch.ones(40)
+    weight[[3, 27]] = 1e9
+    acts = beside(weighing(acts, weight), weighing(acts, weight), "validation")
+    data = _split(acts, acts.site, 0.15, 0)
+    heavy = acts.values[acts.site][[3, 27]]
+    drawn = data.batch(16, draws())
+    for side, row in enumerate(heavy):
+        assert (drawn[side][0] == row).all() and len(drawn[side][0]) == 16
+        assert ((data.held_source, data.held_target)[side][0] == row).all()
+    spread = _spread(torch.arange(4.0), torch.tensor([1.0, 1.0, 1.0, 7.0]).double())
+    assert spread.tolist() == [1.0, 3.0, 3.0, 3.0]
+
+
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, math.inf])
+def test_a_weight_that_is_not_above_0_is_refused(bad):
+    acts = bent(20)
+    with pytest.raises(InputError, match="above 0"):
+        INNSteer(hidden=4, epochs=1).fit(weighing(acts, torch.full((40,), bad)))
 
 
 def test_diagnose_takes_the_worst_site_and_unpaired_rows():

@@ -59,6 +59,16 @@ def test_own_data_are_asked_their_held_out_questions_by_the_items_ids():
     assert suite.in_format == () and suite.instruction == ""
 
 
+@pytest.mark.parametrize("name", contrast.names())
+def test_own_data_named_like_a_built_in_behaviour_get_none_of_its_suite(name):
+    own = Contrast.load(rows(), behaviour=name)
+    assert suites.meta(own) == {} and suites.in_format(own, "test") == ()
+    suite = suites.load(own)
+    assert (suite.control, suite.instruction, suite.in_format) == ("preference", "", ())
+    assert [p.item for p in suite.prompts] == [item.id for item in suite.items.items]
+    assert suites.in_format(Contrast.load(name), "test") == suites.in_format(name, "test") != ()
+
+
 def test_choices_are_sampled_as_said_alignment_reads_them():
     suite = suites.load(Contrast.load(rows(yes_or_no), behaviour="mine"))
     assert suite.control == "alignment"

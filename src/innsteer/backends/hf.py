@@ -2,20 +2,23 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 from innsteer import __version__
 from innsteer.activations import Activations, Read, Rows, ShardWriter
-from innsteer.backends.base import Completion, Kind, Progress, Prompt, Sampling, silent
-from innsteer.contrast import Contrast, Conversation, Item
+from innsteer.backends.base import Completion, Progress, Prompt, Sampling, silent
+from innsteer.backends.engine import Engine, as_text, edits_of, positions_of, tally
+from innsteer.backends.meter import Meter as Meter
+from innsteer.backends.meter import Reference as Reference
+from innsteer.backends.meter import instruct as instruct
+from innsteer.contrast import Contrast, Item
 from innsteer.errors import InputError
-from innsteer.hooks import Attachment, Trace, require_selected
+from innsteer.hooks import Attachment, Trace
 from innsteer.interventions import Edit
 from innsteer.models import Encoded, LanguageModel
 from innsteer.site import Site, Span, Where
@@ -25,35 +28,7 @@ class _Stop(BaseException):
     """Ends a forward pass at the deepest block asked for; never leaves this module."""
 
 
-@dataclass(frozen=True)
-class Reference:
-    """What the unsteered model says to some prompts: the text on which cost is measured.
-
-    Attributes:
-        prompts: the prompts. ids: prompt and continuation tokens of each.
-        lengths: prompt tokens of each.
-    """
-
-    prompts: tuple[Prompt, ...]
-    ids: tuple[tuple[int, ...], ...]
-    lengths: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        """Predicted tokens: the first response token and all later ones, or 1 per bare prompt."""
-        return sum(max(len(ids) - n, 1) for ids, n in zip(self.ids, self.lengths, strict=True))
-
-    def part(self, tokens: int) -> "Reference":
-        """The first prompts that hold at least this many tokens together."""
-        total, count = 0, 0
-        for ids, length in zip(self.ids, self.lengths, strict=True):
-            if total >= tokens:
-                break
-            total, count = total + max(len(ids) - length, 1), count + 1
-        return Reference(self.prompts[:count], self.ids[:count], self.lengths[:count])
-
-
-class HF:
+class HF(Engine):
     """Runs a LanguageModel through transformers.
 
     Args:
@@ -65,9 +40,7 @@ class HF:
     name = "hf"
 
     def __init__(self, model: LanguageModel, *, batch: int = 16, batch_tokens: int = 2048) -> None:
-        self.model = model
-        self.batch = batch
-        self.batch_tokens = batch_tokens
+        super().__init__(model, batch=batch, batch_tokens=batch_tokens)
         self._references: dict[tuple[object, ...], Reference] = {}
 
     # --- generate --------------------------------------------------------------------------------
@@ -84,7 +57,7 @@ class HF:
         encoded = [self.model.encode(prompt.conversation) for prompt in prompts]
         done: dict[int, Completion] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i].ids))
-        with _tally(edits) as trace:
+        with tally(edits) as trace:
             for start in range(0, len(order), self.batch):
                 index = order[start : start + self.batch]
                 progress("generate", start, len(order))
@@ -157,7 +130,7 @@ class HF:
         ]
         found: list[tuple[float, ...]] = [()] * len(jobs)
         rows = [encoded for _, encoded in jobs]
-        with _tally(edits) as trace:
+        with tally(edits) as trace:
             for index in self._batches([len(row.ids) for row in rows], progress, "score"):
                 part = [rows[j] for j in index]
                 ids, mask = self._pad([row.ids for row in part], side="left")
@@ -186,7 +159,7 @@ class HF:
         for part in self._batches([len(rows[i]) for i in scored], silent, "score"):
             index = [scored[j] for j in part]
             ids, mask = self._pad([rows[i] for i in index], side="right")
-            attached = Attachment(self.model, _of(edits, index)) if edits else nullcontext()
+            attached = Attachment(self.model, edits_of(edits, index)) if edits else nullcontext()
             with torch.inference_mode(), attached:
                 log_probs = self._logits(ids, mask, 0)[:, :-1].float().log_softmax(-1)
             picked = log_probs.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)
@@ -207,8 +180,9 @@ class HF:
         """The unsteered model's own continuations, made once; ``sampling=None``: bare prompts."""
         encoded = [self.model.encode(prompt.conversation) for prompt in prompts]
         lengths = tuple(len(row.ids) for row in encoded)
+        turns = tuple(row.turns for row in encoded)
         if sampling is None:
-            return Reference(tuple(prompts), tuple(row.ids for row in encoded), lengths)
+            return Reference(tuple(prompts), tuple(row.ids for row in encoded), lengths, turns)
         ids = [row.ids for row in encoded]
         key = (tuple(ids), tuple(prompt.item for prompt in prompts), sampling)
         if key in self._references:
@@ -223,7 +197,7 @@ class HF:
             ):
                 ids[i] = (*ids[i], *new)
         progress("reference", len(order), len(order))
-        self._references[key] = Reference(tuple(prompts), tuple(ids), lengths)
+        self._references[key] = Reference(tuple(prompts), tuple(ids), lengths, turns)
         return self._references[key]
 
     def forced(self, prompts: Sequence[Prompt]) -> Reference:
@@ -240,11 +214,12 @@ class HF:
             tuple(prompt for prompt, _ in rows),
             tuple(encoded.ids for _, encoded in rows),
             tuple(encoded.prompt for _, encoded in rows),
+            tuple(encoded.turns for _, encoded in rows),
         )
 
     def meter(
         self, reference: Reference, sites: Sequence[Site] = (), *, divergence: bool = True
-    ) -> "Meter":
+    ) -> Meter:
         """A measure of edits on a reference; with sites, the blocks below them run only once.
 
         ``divergence=False`` leaves KL out, and with it the stored distributions.
@@ -274,7 +249,8 @@ class HF:
                 or those of ``span``; an item without an answer reads its last prompt token.
             span: half-open, counted from the answer's first token; -1 is the last prompt token.
             padding_side: of the batches; the rows do not depend on it.
-            folder: also write shards there, batch by batch.
+            folder: write shards there, batch by batch, and hold none of them until the end, when
+                the rows are read back.
 
         Raises:
             InputError: no item, or an item without a token to read.
@@ -294,14 +270,14 @@ class HF:
             "innsteer": __version__,
         }
         shards = ShardWriter(folder, (contrast.behaviour,), read, provenance) if folder else None
-        batches: list[tuple[dict[Site, Tensor], list[dict[str, Any]]]] = []
+        batches: list[Activations] = []
         with shards or nullcontext(), torch.inference_mode(), ExitStack() as stack:
             seen = self._capture(stack, sites)
             lengths = [len(encoded.ids) for _, _, encoded in jobs]
             for index in self._batches(lengths, progress, "record"):
                 part = [jobs[j] for j in index]
                 ids, mask = self._pad([e.ids for _, _, e in part], side=padding_side)
-                places = _positions(mask)
+                places = positions_of(mask)
                 try:
                     self.model.model.base_model(
                         ids, attention_mask=mask, position_ids=places, use_cache=False
@@ -320,11 +296,16 @@ class HF:
                     site: torch.stack([h[row, tokens].float().mean(0) for row, tokens in picks])
                     for site, h in seen.items()
                 }
-                batches.append((values, records))
+                # Checked here: rows that are not finite must not reach the disk.
+                rows = Activations(values, Rows.of(records), (contrast.behaviour,), read)
                 if shards:
-                    shards.write(values, Rows.of(records))
-        joined = {site: torch.cat([v[site] for v, _ in batches]).clone() for site in sorted(sites)}
-        table = Rows.of([record for _, records in batches for record in records])
+                    shards.write(rows.values, rows.rows)
+                else:
+                    batches.append(rows)
+        if folder:
+            return Activations.load(folder)
+        joined = {site: torch.cat([b.values[site] for b in batches]) for site in sorted(sites)}
+        table = Rows.of([record for batch in batches for record in batch.rows.records()])
         return Activations(joined, table, (contrast.behaviour,), read, provenance)
 
     def _encode_side(self, item: Item, side: str) -> Encoded:
@@ -371,336 +352,12 @@ class HF:
             return
         with Attachment(
             self.model,
-            _of(edits, index),
+            edits_of(edits, index),
             prompt_lengths=[row.prompt for row in rows],
             turns=[row.turns for row in rows],
             trace=trace,
         ):
             yield
-
-    def _logits(self, ids: Tensor, mask: Tensor, keep: int, cache: Any = None) -> Tensor:
-        """Logits of the last ``keep`` positions (0 = all) of a padded batch."""
-        out = self.model.model(
-            ids,
-            attention_mask=mask,
-            position_ids=_positions(mask)[:, mask.shape[1] - ids.shape[1] :],
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=keep,
-        )
-        return cast(Tensor, out.logits)
-
-    def _pad(self, rows: Sequence[Sequence[int]], *, side: str) -> tuple[Tensor, Tensor]:
-        """Token ids and mask ``[batch, time]``, padded on one side."""
-        longest = max(len(row) for row in rows)
-        ids = torch.full((len(rows), longest), self._pad_id)
-        mask = torch.zeros(len(rows), longest, dtype=torch.long)
-        for n, row in enumerate(rows):
-            place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
-            ids[n, place] = torch.tensor(row)
-            mask[n, place] = 1
-        return ids.to(self.model.model.device), mask.to(self.model.model.device)
-
-    def _batches(
-        self, lengths: Sequence[int], progress: Progress, stage: str
-    ) -> Iterator[list[int]]:
-        """Indices in batches of near-equal length, within the token budget."""
-        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-        batch: list[int] = []
-        done = 0
-        for i in order:
-            if batch and (len(batch) + 1) * lengths[i] > self.batch_tokens:
-                progress(stage, done, len(order))
-                yield batch
-                done, batch = done + len(batch), []
-            batch.append(i)
-        if batch:
-            progress(stage, done, len(order))
-            yield batch
-        progress(stage, len(order), len(order))
-
-    @property
-    def _pad_id(self) -> int:
-        tokenizer = self.model.tokenizer
-        pad = (
-            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        )
-        return int(pad if pad is not None else 0)
-
-
-class Meter:
-    """What edits do to the predictions on a reference, per response token.
-
-    Gives ``kl`` = KL(base || steered) in nats, and the steered and unsteered log-probability of the
-    token that stands there. What is unsteered is computed once; with ``sites``, so are the blocks
-    below the lowest of them: a measurement then runs the blocks above only. That is exact, because
-    without a cache they see nothing but the hidden states at that block.
-    """
-
-    def __init__(
-        self, backend: HF, reference: Reference, sites: Sequence[Site] = (), divergence: bool = True
-    ) -> None:
-        self.backend, self.reference = backend, reference
-        self._cut = _cut(sites)
-        self._divergence = divergence
-        self._batches: list[_Measured] = []
-        lengths = [len(ids) for ids in reference.ids]
-        with torch.inference_mode():
-            for index in backend._batches(lengths, silent, "meter"):
-                rows = [reference.ids[i] for i in index]
-                ids, mask = backend._pad(rows, side="left")
-                cache = DynamicCache() if sites else None
-                with self._tap() as held:
-                    base = self._predict(index, ids, mask, cache)
-                prefix = ids.shape[1] - max(map(self._count, index)) - 1
-                tokens = self._tokens(index, base)
-                self._batches.append(
-                    _Measured(
-                        index,
-                        ids,
-                        mask,
-                        base if divergence else None,
-                        tokens,
-                        base.gather(-1, tokens).squeeze(-1),
-                        held[0] if held else None,
-                        _past(cache, prefix),
-                        max(prefix, 0) if cache is not None else 0,
-                    )
-                )
-
-    def __call__(
-        self,
-        edits: Sequence[Edit],
-        *,
-        kind: Kind = "neutral",
-        displacement: list[float] | None = None,
-    ) -> list[Completion]:
-        """One completion per row of the reference, in order, under the edits.
-
-        Args:
-            displacement: a list to which |h' - h| / |h| of every edited row is appended.
-        """
-        found: dict[int, Completion] = {}
-        # An edit below the cut changes what was kept.
-        held = _cut([site for edit in edits for site in edit.interventions]) >= self._cut
-        # Under these scopes nothing before the last prompt token is edited, in any layer.
-        late = held and all(edit.where.scope in ("generated", "assistant") for edit in edits)
-        with _tally(edits) as trace:
-            for part in self._batches:
-                lengths = [self.reference.lengths[i] for i in part.order]
-                attached = Attachment(
-                    self.backend.model,
-                    _of(edits, part.order),
-                    prompt_lengths=lengths,
-                    turns=[((n - 1, None),) for n in lengths],
-                    displacement=displacement,
-                    trace=trace,
-                )
-                start = part.prefix if late else 0
-                replay = self._replay(part.held if held else None, start)
-                with torch.inference_mode(), replay, attached:
-                    steered = self._predict(
-                        part.order, part.ids[:, start:], part.mask, part.cache_at(start)
-                    )
-                found |= self._completions(part, steered, kind, trace)
-        return [found[i] for i in range(len(self.reference.ids))]
-
-    def unsteered(self, *, kind: Kind = "neutral") -> list[Completion]:
-        """The same figures for the plain model: a divergence of 0, nothing run again."""
-        found: dict[int, Completion] = {}
-        for part in self._batches:
-            found |= self._completions(part, part.base, kind, None)
-        return [found[i] for i in range(len(self.reference.ids))]
-
-    def prompted(self, instruction: str, *, kind: Kind = "neutral") -> list[Completion]:
-        """The same figures for the plain model with an instruction added to every prompt."""
-        found: dict[int, Completion] = {}
-        reference = self.reference
-        for part in self._batches:
-            rows = []
-            for i in part.order:
-                asked = instruct(reference.prompts[i].conversation, instruction)
-                answer = reference.ids[i][reference.lengths[i] :]
-                rows.append((*self.backend.model.encode(asked).ids, *answer))
-            ids, mask = self.backend._pad(rows, side="left")
-            with torch.inference_mode():
-                predicted = self._predict(part.order, ids, mask)
-            found |= self._completions(part, predicted, kind, None)
-        return [found[i] for i in range(len(reference.ids))]
-
-    def _completions(
-        self, part: "_Measured", steered: Tensor | None, kind: Kind, trace: Trace | None
-    ) -> dict[int, Completion]:
-        """Completions of one batch from its steered log-probabilities; None: the plain model's."""
-        kl = None
-        if part.base is not None:
-            other = part.base if steered is None else steered
-            # Rounding can leave a KL of equal distributions a hair below 0.
-            kl = (part.base.exp() * (part.base - other)).sum(-1).clamp_min(0).tolist()
-            best = part.base.max(-1)
-            sure = best.values.exp().tolist()
-            same = (other.argmax(-1) == best.indices).float().tolist()
-        own = part.own.tolist()
-        if steered is not None:
-            own = steered.gather(-1, part.tokens).squeeze(-1).tolist()
-        base = part.own.tolist()
-        found, place = {}, 0
-        for row, i in enumerate(part.order):
-            count = self._count(i)
-            window = slice(place, place + count)
-            place += count
-            values = {"log_prob": tuple(own[window]), "base_log_prob": tuple(base[window])}
-            # The last token of an answer predicts nothing that is measured.
-            last = self.reference.lengths[i] - 1 + count
-            edited = sum(position < last for position in trace.steered[row]) if trace else 0
-            if kl is not None:
-                # A row without an edit costs nothing; kept columns may differ by rounding.
-                values["kl"] = tuple(kl[window]) if edited or not trace else (0.0,) * count
-                values["sure"], values["same"] = tuple(sure[window]), tuple(same[window])
-            prompt = self.reference.prompts[i]
-            found[i] = Completion(
-                prompt.item,
-                kind,
-                as_text(prompt.conversation),
-                prompt.answers[0] if prompt.answers else "",
-                values=values,
-                tokens=count,
-                steered=edited,
-            )
-        return found
-
-    def _count(self, i: int) -> int:
-        """Predicted tokens of a row: its response, or the first token of a bare prompt's."""
-        return max(len(self.reference.ids[i]) - self.reference.lengths[i], 1)
-
-    def _predict(
-        self, index: Sequence[int], ids: Tensor, mask: Tensor, cache: Any = None
-    ) -> Tensor:
-        """Log-probabilities ``[predicted tokens, vocabulary]`` of a batch, row after row."""
-        reference = self.reference
-        counts = [self._count(i) for i in index]
-        logits = self.backend._logits(ids, mask, max(counts) + 1, cache)
-        parts = []
-        for row, (i, count) in enumerate(zip(index, counts, strict=True)):
-            bare = len(reference.ids[i]) == reference.lengths[i]
-            # The token before each response token predicts it; a bare prompt's last token is read.
-            parts.append(logits[row, -count:] if bare else logits[row, -count - 1 : -1])
-        return torch.cat(parts).float().log_softmax(-1)
-
-    def _tokens(self, index: Sequence[int], log_probs: Tensor) -> Tensor:
-        """Response tokens ``[predicted tokens, 1]``; after a bare prompt, the base's best one."""
-        reference, tokens, place = self.reference, [], 0
-        for i in index:
-            answer = list(reference.ids[i][reference.lengths[i] :])
-            tokens += answer or [int(log_probs[place].argmax())]
-            place += self._count(i)
-        return torch.tensor(tokens, device=log_probs.device).unsqueeze(-1)
-
-    @contextmanager
-    def _tap(self) -> Iterator[list[Any]]:
-        """Keep the output of the block at the cut."""
-        held: list[Any] = []
-        if self._cut < 0:
-            yield held
-            return
-        block = self.backend.model.layout.blocks[self._cut].module
-        handle = block.register_forward_hook(lambda _, args, output: held.append(output))
-        try:
-            yield held
-        finally:
-            handle.remove()
-
-    @contextmanager
-    def _replay(self, held: Any, start: int) -> Iterator[None]:
-        """Blocks up to the cut hand over what was kept (from a column on), not computing it."""
-        if held is None:
-            yield
-            return
-        if start:
-            whole = held
-            held = (
-                (whole[0][:, start:], *whole[1:]) if isinstance(whole, tuple) else whole[:, start:]
-            )
-        with ExitStack() as stack:
-            for block in self.backend.model.layout.blocks[: self._cut + 1]:
-                own = vars(block.module)
-                if "forward" in own:
-                    stack.callback(own.__setitem__, "forward", own["forward"])
-                # An instance attribute shadows the class's forward; hooks still run around it.
-                stack.callback(own.pop, "forward")
-                own["forward"] = lambda *args, **kwargs: held
-            yield
-
-
-class _Measured(NamedTuple):
-    """One batch of a meter and what is unsteered about it."""
-
-    order: list[int]
-    ids: Tensor
-    mask: Tensor
-    base: Tensor | None
-    tokens: Tensor
-    own: Tensor
-    held: Any
-    past: list[tuple[Tensor, Tensor]]
-    prefix: int
-
-    def cache_at(self, start: int) -> DynamicCache | None:
-        """A fresh cache of the columns before ``start``: every pass writes to its own."""
-        if not start:
-            return None
-        cache = DynamicCache()
-        for layer, (keys, values) in enumerate(self.past):
-            cache.update(keys, values, layer)
-        return cache
-
-
-def _past(cache: DynamicCache | None, columns: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of the first columns, layer by layer."""
-    if cache is None or columns < 1:
-        return []
-    layers: Any = cache.layers
-    return [(part.keys[:, :, :columns], part.values[:, :, :columns]) for part in layers]
-
-
-def instruct(conversation: Conversation, instruction: str) -> Conversation:
-    """A conversation whose last user turn ends with an instruction: the prompt-only arm.
-
-    >>> instruct("Write a poem.", "Be brief.")
-    'Write a poem. Be brief.'
-    """
-    if isinstance(conversation, str):
-        return f"{conversation} {instruction}"
-    *before, last = conversation
-    return (*before, {"role": last["role"], "content": f"{last['content']} {instruction}"})
-
-
-def _cut(sites: Sequence[Site]) -> int:
-    """The deepest block whose output no edit changes, or changes only after it was computed."""
-    if not sites:
-        return -1
-    lowest = min(site.layer for site in sites)
-    inner = any(site.layer == lowest and site.stream != "residual" for site in sites)
-    return lowest - 1 if inner else lowest
-
-
-def _of(edits: Sequence[Edit], index: Sequence[int]) -> list[Edit]:
-    """The edits of some sequences, where each has its own row of coefficients."""
-    return [replace(e, coef=e.coef[list(index)]) if e.coef.ndim == 2 else e for e in edits]
-
-
-@contextmanager
-def _tally(edits: Sequence[Edit]) -> Iterator[Trace]:
-    """One trace for all batches of a run: a batch may hold no token in scope, not all of them."""
-    trace = Trace()
-    yield trace
-    if edits:
-        require_selected(trace, edits)
-
-
-def _positions(mask: Tensor) -> Tensor:
-    """Absolute positions ``[batch, time]`` of a padded batch."""
-    return (mask.cumsum(-1) - 1).clamp_min(0)
 
 
 def _read_tokens(encoded: Encoded, read: Read, span: Span, item: str) -> list[list[int]]:
@@ -736,14 +393,3 @@ def _row(contrast: Contrast, item: Item, side: str, token: int) -> dict[str, Any
         "split": item.split,
         "weight": item.weight,
     }
-
-
-def as_text(conversation: Conversation) -> str:
-    """A conversation as one string, for people.
-
-    >>> as_text("Hello")
-    'Hello'
-    """
-    if isinstance(conversation, str):
-        return conversation
-    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in conversation)

@@ -7,7 +7,8 @@ from innsteer.metrics.base import Measured, Metric
 class EditedShare(Metric):
     """Share of the predicting tokens of neutral answers that were edited, 0 to 1.
 
-    1 for a steering without a gate: the last prompt token and every response token are edited.
+    1 for a steering without a gate: the last prompt token and every response token but the last
+    are edited. 0 under scope ``prompt``, which edits none of them.
     """
 
     kind = "neutral"

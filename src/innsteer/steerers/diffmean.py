@@ -7,7 +7,7 @@ from typing import ClassVar
 from innsteer.activations import Activations
 from innsteer.interventions import Shift
 from innsteer.site import Site
-from innsteer.steerer import Interventions, Steerer
+from innsteer.steerer import Interventions, Steerer, side_means
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class DiffMean(Steerer):
     Closed form, in one pass over the rows; the artifact is d floats per site and behaviour. CAA is
     this method with rows read at the answer letter; also called mean difference or ActAdd over many
     pairs. Strengths add, and -s undoes s. Pairing does not matter. The vector is not normalised:
-    strength 1 moves the source mean onto the target mean.
+    strength 1 moves the source mean onto the target mean, both weighted by row.
 
     Reference:
         Panickssery et al., Steering Llama 2 via Contrastive Activation Addition (2023),
@@ -52,6 +52,6 @@ class DiffMean(Steerer):
             shift = fitted[site]
             assert isinstance(shift, Shift)
             for row, behaviour in enumerate(acts.behaviours):
-                source, target = train.sides(site, behaviour)
-                shift.shifts[row] = target.double().mean(0) - source.double().mean(0)
+                source, target = side_means(train, site, behaviour)
+                shift.shifts[row] = target - source
         return fitted

@@ -14,7 +14,7 @@ from innsteer.errors import InputError, UnknownName
 from innsteer.flows import Chain, Flow, Standardise, Subspace, coupling_stack
 from innsteer.interventions import trainable
 from innsteer.site import Site
-from innsteer.steerer import Intervention, Interventions, Steerer
+from innsteer.steerer import Intervention, Interventions, Steerer, side_means, weights
 
 Mixing = Literal["permute", "alternate", "householder", "lu"]
 Activation = Literal["relu", "tanh", "gelu"]
@@ -69,6 +69,8 @@ class INNSteer(Steerer):
     The standardisation's constant log-det is left out of l: it would swamp the rest.
 
     Not to be confused with a flow-matching velocity field (FLAS, TruthFlow): f is a bijection.
+    Row weights count in the draw of batches, the start of f, the held-out loss and the means of v;
+    the pairs' and rows' main directions of a ``subspace`` are taken unweighted.
     The paper gives the three terms and leaves widths and weights open; every choice is a field.
     Where two public re-implementations reward a cosine of the sides' *means*, the default here is
     their distance: standardised means are near +-m, so that cosine works against separation.
@@ -200,13 +202,15 @@ class INNSteer(Steerer):
             assert isinstance(flow, Subspace)
             flow.basis.copy_(basis)
         with torch.no_grad():
-            flow.initialise(torch.cat([*data.source, *data.target]))
+            sides = zip(data.source + data.target, data.weights, strict=True)
+            flow.initialise(torch.cat([_spread(rows, weight) for rows, weight in sides]))
         self._train(flow, data, seed)
         fitted = LatentShift(flow, len(acts.behaviours))
+        train = acts.where(split="train")
         with torch.no_grad():
             for row, behaviour in enumerate(acts.behaviours):
-                source, target = acts.where(split="train").sides(site, behaviour)
-                fitted.shifts[row] = flow(target).mean(0) - flow(source).mean(0)
+                source, target = side_means(train, site, behaviour, through=flow)
+                fitted.shifts[row] = target - source
         return fitted.eval().requires_grad_(False)
 
     def _train(self, flow: Flow, data: "_Data", seed: int) -> None:
@@ -279,69 +283,100 @@ class INNSteer(Steerer):
         return forms[self.separation_form]()
 
     def diagnose(self, acts: Activations, fitted: Interventions) -> dict[str, float]:
-        """Health of the fitted flows, worst site first where there are several.
+        """Health of the fitted flows: of all sites and behaviours the worst.
+
+        Measured on the validation rows, or on the training rows where there are none.
 
         - ``fisher`` and ``fisher_input``: Fisher discriminability J = (v.v)^2 / (v' S_w v) of the
-          sides along their mean difference, in latent space and in the standardised input. They
-          say that the sides are apart, not that steering works.
+          sides along the mean difference of these rows, in latent space and in the standardised
+          input. They say that the sides are apart, not that steering works.
         - ``consistency``: mean over pairs of cos(z_target - z_source, v); 0 where
           nothing is paired.
         - ``round_trip``: |g(f(h)) - h| / |h| in float32, the worst row; ``round_trip_64`` in
           float64.
-        - ``displacement``: mean |h' - h| / |h| at strength 1.
+        - ``displacement``: mean |h' - h| / |h| of source rows at strength 1.
+        - ``held_out``: 1 = on validation rows, 0 = on the rows that were fitted.
         """
-        figures = [self._diagnose_site(acts, site, fitted) for site in acts.sites]
-        worst = {"round_trip": max, "round_trip_64": max, "displacement": max}
+        held = acts.where(split="validation")
+        seen = held if len(held) else acts.where(split="train")
+        figures = [
+            self._diagnose_one(seen, site, row, fitted)
+            for site in acts.sites
+            for row in range(len(acts.behaviours))
+        ]
+        worst = {"fisher": min, "fisher_input": min, "consistency": min}
+        worst |= {"round_trip": max, "round_trip_64": max, "displacement": max}
         return {
-            name: float(worst.get(name, min)(part[name] for part in figures)) for name in figures[0]
-        }
+            # What no behaviour has, a consistency where nothing is paired, is 0.
+            name: float(pick([part[name] for part in figures if name in part] or [0.0]))
+            for name, pick in worst.items()
+        } | {"held_out": float(len(held) > 0)}
 
-    def _diagnose_site(
-        self, acts: Activations, site: Site, fitted: Interventions
+    def _diagnose_one(
+        self, acts: Activations, site: Site, row: int, fitted: Interventions
     ) -> dict[str, float]:
+        """The figures of one behaviour at one site."""
         part = fitted[site]
         assert isinstance(part, LatentShift)
         with torch.no_grad():
-            source, target = acts.sides(site)
+            source, target = acts.sides(site, acts.behaviours[row])
             rows = torch.cat([source, target])
             z_source, z_target = part.flow(source), part.flow(target)
             spread = rows.std(0).clamp_min(1e-6)
-            pair_source, pair_target = acts.pairs(site)
+            pair_source, pair_target = acts.pairs(site, acts.behaviours[row])
             steps = part.flow(pair_target) - part.flow(pair_source)
-            cosine = nn.functional.cosine_similarity(steps, part.shifts[:1], dim=-1)
+            cosine = nn.functional.cosine_similarity(steps, part.shifts[row : row + 1], dim=-1)
             ones = torch.zeros(len(source), len(part.shifts))
-            ones[:, 0] = 1.0
+            ones[:, row] = 1.0
             moved = (part(source, ones) - source).norm(dim=-1) / source.norm(dim=-1)
             back = part.flow.inverse(part.flow(rows))
             error = (back - rows).norm(dim=-1) / rows.norm(dim=-1)
             flow64 = copy.deepcopy(part.flow).double()
             rows64 = rows.double()
             error64 = (flow64.inverse(flow64(rows64)) - rows64).norm(dim=-1) / rows64.norm(dim=-1)
-        return {
+        figures = {
             "fisher": float(_fisher(z_source, z_target)),
             "fisher_input": float(_fisher(source / spread, target / spread)),
-            "consistency": float(cosine.mean()) if len(cosine) else 0.0,
             "round_trip": float(error.max()),
             "round_trip_64": float(error64.max()),
             "displacement": float(moved.mean()),
         }
+        return figures | ({"consistency": float(cosine.mean())} if len(cosine) else {})
 
 
 class _Data(NamedTuple):
-    """Training and held-out rows of one site, one tensor per behaviour and side."""
+    """Training and held-out rows of one site, one tensor per behaviour and side.
+
+    ``weights`` are those of the training rows: of every ``source``, then of every ``target``.
+    """
 
     source: list[Tensor]
     target: list[Tensor]
+    weights: list[Tensor]
     held_source: list[Tensor]
     held_target: list[Tensor]
 
     def batch(self, size: int, rng: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-        """``size`` random rows of each side of each behaviour."""
+        """``size`` random rows of each side of each behaviour, drawn by weight."""
 
-        def draw(part: Tensor) -> Tensor:
-            return part[torch.randint(len(part), (min(size, len(part)),), generator=rng)]
+        def draw(part: Tensor, weight: Tensor) -> Tensor:
+            count = min(size, len(part))
+            if (weight == weight[0]).all():
+                return part[torch.randint(len(part), (count,), generator=rng)]
+            return part[torch.multinomial(weight, count, replacement=True, generator=rng)]
 
-        return [draw(part) for part in self.source], [draw(part) for part in self.target]
+        k = len(self.source)
+        return (
+            list(map(draw, self.source, self.weights[:k])),
+            list(map(draw, self.target, self.weights[k:])),
+        )
+
+
+def _spread(rows: Tensor, weight: Tensor) -> Tensor:
+    """As many rows, each about as often as its weight says; equal weights change nothing."""
+    ends = weight.cumsum(0) / weight.sum()
+    middles = (torch.arange(len(rows), dtype=torch.float64) + 0.5) / len(rows)
+    return rows[torch.searchsorted(ends, middles)]
 
 
 def _split(acts: Activations, site: Site, holdout: float, seed: int) -> _Data:
@@ -356,13 +391,17 @@ def _split(acts: Activations, site: Site, holdout: float, seed: int) -> _Data:
         kept_out = _drawn(train, holdout, seed)
         held = train.where(item=sorted(kept_out))
         train = train.where(item=sorted(set(train.rows.item.tolist()) - kept_out))
-    parts = [part.sides(site, name) for part in (train, held) for name in acts.behaviours]
-    count = len(acts.behaviours)
+    sources, targets = zip(*(train.sides(site, name) for name in acts.behaviours), strict=True)
+    weight = list(zip(*(weights(train, name) for name in acts.behaviours), strict=True))
+    held_rows = [
+        list(map(_spread, held.sides(site, name), weights(held, name))) for name in acts.behaviours
+    ]
     return _Data(
-        [source for source, _ in parts[:count]],
-        [target for _, target in parts[:count]],
-        [source for source, _ in parts[count:]],
-        [target for _, target in parts[count:]],
+        list(sources),
+        list(targets),
+        [*weight[0], *weight[1]],
+        [source for source, _ in held_rows],
+        [target for _, target in held_rows],
     )
 
 
@@ -397,8 +436,8 @@ def _basis(acts: Activations, site: Site, rank: int) -> Tensor:
     train = acts.where(split="train")
     directions = []
     for name in acts.behaviours:
-        source, target = (part.double() for part in train.sides(site, name))
-        directions.append((target.mean(0) - source.mean(0)).unsqueeze(0))
+        source, target = side_means(train, site, name)
+        directions.append((target - source).unsqueeze(0))
         pair_source, pair_target = (part.double() for part in train.pairs(site, name))
         if len(pair_source) > 1:
             directions.append(_main_directions(pair_target - pair_source)[: max(rank // 8, 1)])

@@ -72,7 +72,7 @@ def load(
         part: ``test`` or ``validation``; they share no prompt and no source.
         prompts: to be answered instead of the behaviour's own.
     """
-    known = meta(contrast.behaviour)
+    known = meta(contrast)
     kind = "alignment" if contrast.kind == "choice" else "preference"
     # What a choice item's sampled answer says is read from 16 tokens, drawn at temperature 1.
     usual = {"new_tokens": 16, "temperature": 1.0} if contrast.kind == "choice" else {}
@@ -84,7 +84,7 @@ def load(
         sampling=sampling,
         items=contrast.part(part),
         neutral=neutral(part),
-        in_format=in_format(contrast.behaviour, part),
+        in_format=in_format(contrast, part),
         plain=plain(),
         instruction=instruction or known.get("instruction", ""),
         others=tuple(
@@ -95,8 +95,13 @@ def load(
     )
 
 
-def meta(behaviour: str) -> dict[str, Any]:
-    """Direction, scorer, decoding and instruction of a built-in behaviour; {} for others."""
+def meta(behaviour: str | Contrast) -> dict[str, Any]:
+    """Direction, scorer, decoding and instruction of a built-in behaviour; {} for others.
+
+    A contrast counts by its origin: a file of one's own may share a built-in behaviour's name.
+    """
+    if isinstance(behaviour, Contrast):
+        return meta(behaviour.behaviour) if behaviour.builtin else {}
     path = files("innsteer") / "behaviours" / f"{behaviour}.json"
     if behaviour not in contrasts.names() or not path.is_file():
         return {}
@@ -116,11 +121,12 @@ def _numbered(name: str, texts: Sequence[str]) -> tuple[Prompt, ...]:
     return tuple(Prompt(f"{name}-{n:03d}", text) for n, text in enumerate(texts))
 
 
-def in_format(behaviour: str, part: str) -> tuple[Prompt, ...]:
+def in_format(behaviour: str | Contrast, part: str) -> tuple[Prompt, ...]:
     """Prompts in a built-in behaviour's own wording that it does not concern; () for others."""
     if not meta(behaviour):
         return ()
-    texts = contrasts.prompts(behaviour, f"in_format_{part}")
+    name = behaviour.behaviour if isinstance(behaviour, Contrast) else behaviour
+    texts = contrasts.prompts(name, f"in_format_{part}")
     return tuple(Prompt(f"in-format-{n:03d}", text) for n, text in enumerate(texts))
 
 

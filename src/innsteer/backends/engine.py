@@ -1,0 +1,109 @@
+"""What every part of the Hugging Face engine shares: batches, padding, one forward pass."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from innsteer.backends.base import Progress
+from innsteer.contrast import Conversation
+from innsteer.hooks import Trace, require_selected
+from innsteer.interventions import Edit
+from innsteer.models import LanguageModel
+
+
+class Engine:
+    """A model and how it is run in batches.
+
+    Args:
+        model: from ``load_model``.
+        batch: sequences per batch in generation.
+        batch_tokens: padded tokens per batch elsewhere.
+    """
+
+    def __init__(self, model: LanguageModel, *, batch: int = 16, batch_tokens: int = 2048) -> None:
+        self.model = model
+        self.batch = batch
+        self.batch_tokens = batch_tokens
+
+    def _logits(self, ids: Tensor, mask: Tensor, keep: int, cache: Any = None) -> Tensor:
+        """Logits of the last ``keep`` positions (0 = all) of a padded batch."""
+        out = self.model.model(
+            ids,
+            attention_mask=mask,
+            position_ids=positions_of(mask)[:, mask.shape[1] - ids.shape[1] :],
+            past_key_values=cache,
+            use_cache=cache is not None,
+            logits_to_keep=keep,
+        )
+        return cast(Tensor, out.logits)
+
+    def _pad(self, rows: Sequence[Sequence[int]], *, side: str) -> tuple[Tensor, Tensor]:
+        """Token ids and mask ``[batch, time]``, padded on one side."""
+        longest = max(len(row) for row in rows)
+        ids = torch.full((len(rows), longest), self._pad_id)
+        mask = torch.zeros(len(rows), longest, dtype=torch.long)
+        for n, row in enumerate(rows):
+            place = slice(longest - len(row), None) if side == "left" else slice(0, len(row))
+            ids[n, place] = torch.tensor(row)
+            mask[n, place] = 1
+        return ids.to(self.model.model.device), mask.to(self.model.model.device)
+
+    def _batches(
+        self, lengths: Sequence[int], progress: Progress, stage: str
+    ) -> Iterator[list[int]]:
+        """Indices in batches of near-equal length, within the token budget."""
+        order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+        batch: list[int] = []
+        done = 0
+        for i in order:
+            if batch and (len(batch) + 1) * lengths[i] > self.batch_tokens:
+                progress(stage, done, len(order))
+                yield batch
+                done, batch = done + len(batch), []
+            batch.append(i)
+        if batch:
+            progress(stage, done, len(order))
+            yield batch
+        progress(stage, len(order), len(order))
+
+    @property
+    def _pad_id(self) -> int:
+        tokenizer = self.model.tokenizer
+        pad = (
+            tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        )
+        return int(pad if pad is not None else 0)
+
+
+def edits_of(edits: Sequence[Edit], index: Sequence[int]) -> list[Edit]:
+    """The edits of some sequences, where each has its own row of coefficients."""
+    return [replace(e, coef=e.coef[list(index)]) if e.coef.ndim == 2 else e for e in edits]
+
+
+@contextmanager
+def tally(edits: Sequence[Edit]) -> Iterator[Trace]:
+    """One trace for all batches of a run: a batch may hold no token in scope, not all of them."""
+    trace = Trace()
+    yield trace
+    if edits:
+        require_selected(trace, edits)
+
+
+def positions_of(mask: Tensor) -> Tensor:
+    """Absolute positions ``[batch, time]`` of a padded batch."""
+    return (mask.cumsum(-1) - 1).clamp_min(0)
+
+
+def as_text(conversation: Conversation) -> str:
+    """A conversation as one string, for people.
+
+    >>> as_text("Hello")
+    'Hello'
+    """
+    if isinstance(conversation, str):
+        return conversation
+    return "\n".join(f"{turn['role']}: {turn['content']}" for turn in conversation)
