@@ -243,9 +243,12 @@ def test_small_sizes_or_an_unchecked_strength_make_a_preview(report, model, suit
     assert report.preview and any(note.startswith("A preview") for note in report.notes)
     assert Sizes().preview is False and evaluation.PREVIEW.preview is True
     bare = replace(suite, prompts=(), items=None, plain=(), in_format=())
-    full = evaluation.evaluate(model, [Arm("a")], bare)
+    whole = replace(bare, neutral=suites.neutral("test"), neutral_tokens=24)
+    full = evaluation.evaluate(model, [Arm("a")], whole)
     assert not full.preview and not any("preview" in note.lower() for note in full.notes)
-    assert evaluation.evaluate(model, [Arm("a")], bare, sizes=SIZES).preview
+    assert evaluation.evaluate(model, [Arm("a")], whole, sizes=SIZES).preview
+    # Full sizes of a suite that holds too little are a preview all the same.
+    assert evaluation.evaluate(model, [Arm("a")], bare).preview
 
 
 def test_a_card_holds_the_arms_own_figures_and_the_plain_models(report):
