@@ -8,7 +8,7 @@ OUT ?= runs/demo
 # https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -19,6 +19,12 @@ test: $(VENV)/dev.stamp
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# The README's picture, from the demo's report; needs Chromium.
+picture:
+	chromium --headless --no-sandbox --disable-gpu --hide-scrollbars --window-size=1280,1500 \
+	  --user-data-dir=$$(mktemp -d) --virtual-time-budget=8000 \
+	  --screenshot=docs/images/report.png file://$(abspath $(OUT))/report/report.html
 
 # Exact versions come from constraints.txt; the library's own ranges stay open.
 $(VENV)/demo.stamp: pyproject.toml constraints.txt
