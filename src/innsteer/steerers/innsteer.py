@@ -60,7 +60,7 @@ class INNSteer(Steerer):
     To first order h' - h = strength * J_f(h)^-1 v: the direction depends on the input. With an
     affine f it is DiffMean (the paper's Corollary F.2), and f starts as one. Trained on recorded
     rows, in seconds; about 4 * (d/2 * hidden + hidden * d) weights per site at the default depth.
-    f runs in float32 whatever the model's dtype: in bfloat16 its inverse is off by 8e-2.
+    f runs in float32 whatever the model's dtype: bfloat16 is too rough for an inverse.
 
     The loss, per dimension so that its terms keep their balance at any width d:
         likelihood * E[|z|^2 / 2 - log_det] / d           both sides against one N(0, I)
