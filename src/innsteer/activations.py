@@ -223,6 +223,12 @@ class Activations:
             means.append(total / count)
         return means[0], means[1]
 
+    def unmoved(self, site: Site, behaviour: str | None = None) -> Tensor:
+        """Rows ``[n, d]`` that an edit of a behaviour (the first by default) must leave alone."""
+        name = behaviour or self.behaviours[0]
+        index = (self.rows.side == "unmoved") & (self.rows.behaviour == name)
+        return self.values[site][torch.from_numpy(np.flatnonzero(index))]
+
     # --- on disk ---------------------------------------------------------------------------------
 
     def save(self, folder: str | Path) -> Path:

@@ -39,18 +39,28 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 
 
 def recording(k: int = 1, *, seed: int = 0, split: str = "train") -> Activations:
-    """Pairs of each behaviour at every site; dimensions differ in spread as a residual's do."""
+    """Keyed pairs of each behaviour at every site, and rows that must not move.
+
+    Dimensions differ in spread as a residual's do.
+    """
     draw = torch.Generator().manual_seed(seed)
-    sides, values = ("source", "target"), {site: [] for site in WIDTHS}
+    sides, values = ("source", "target", "unmoved"), {site: [] for site in WIDTHS}
     for behaviour in range(k):
-        for side in range(2):
+        for side in range(len(sides)):
             for site, width in WIDTHS.items():
                 spread = torch.linspace(0.5, 4, width)
                 gap = spread * torch.cos(torch.arange(width) + 1.0 + behaviour) * 1.5
                 rows = torch.randn(COUNT, width, generator=draw) * spread
-                values[site].append(rows + side * gap + 3)
+                values[site].append(rows + (side % 2) * gap + 3 - 9 * (side // 2) * spread)
     records = [
-        {"behaviour": f"b{b}", "item": f"{b}-{i}", "side": side, "pair": f"{b}-{i}", "split": split}
+        {
+            "behaviour": f"b{b}",
+            "item": f"{side}-{b}-{i}" if side == "unmoved" else f"{b}-{i}",
+            "side": side,
+            "key": "" if side == "unmoved" else ("Yes", "No")[i % 2],
+            "pair": "" if side == "unmoved" else f"{b}-{i}",
+            "split": split,
+        }
         for b in range(k)
         for side in sides
         for i in range(COUNT)
@@ -249,13 +259,14 @@ def law_row_weights_count(method: Steerer, acts: Activations):
 
     own, values, few = acts.rows.records(), acts.values[acts.site], COUNT // 4
     # The first items again, with target and source far on the wrong sides.
-    far = [row for row in own if row["split"] == "train" and int(row["item"][2:]) < few]
+    sides = [row for row in own if row["split"] == "train" and row["side"] != "unmoved"]
+    far = [row for row in sides if int(row["item"][2:]) < few]
     signs = torch.tensor([-20.0 if row["side"] == "target" else 20.0 for row in far])
     other = torch.cat([values, signs[:, None].expand(-1, values.shape[1])])
     without = edit(own, values)
     light, heavy = (
         edit(
-            own + [row | {"item": f"far{row['item']}", "pair": "", "weight": w} for row in far],
+            own + [_renamed(row, "far") | {"weight": w} for row in far],
             other,
         )
         for w in (1e-6, 1.0)
@@ -266,9 +277,14 @@ def law_row_weights_count(method: Steerer, acts: Activations):
     assert off(light) < 1e-3, "a row of weight 1e-6 moves the fit"
     twice = [n for n, row in enumerate(own) if row in far]
     doubled = [row | {"weight": 1.0 + (n in twice)} for n, row in enumerate(own)]
-    again = [own[n] | {"item": f"again{n}", "pair": ""} for n in twice]
+    again = [_renamed(own[n], "again") for n in twice]
     without = edit(own + again, torch.cat([values, values[twice]]))
     assert off(edit(doubled, values)) < 1e-5, "weight 2 is not twice the row"
+
+
+def _renamed(row: dict, name: str) -> dict:
+    """The row as one of another item, and of another pair."""
+    return row | {"item": name + row["item"], "pair": name + row["pair"]}
 
 
 # --- every method keeps them ---------------------------------------------------------------------
