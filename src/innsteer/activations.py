@@ -224,9 +224,12 @@ class Activations:
         return means[0], means[1]
 
     def unmoved(self, site: Site, behaviour: str | None = None) -> Tensor:
-        """Rows ``[n, d]`` that an edit of a behaviour (the first by default) must leave alone."""
-        name = behaviour or self.behaviours[0]
-        index = (self.rows.side == "unmoved") & (self.rows.behaviour == name)
+        """Rows ``[n, d]`` that an edit of a behaviour (the first by default) must leave alone.
+
+        Rows of behaviour "" are every behaviour's.
+        """
+        names = [behaviour or self.behaviours[0], ""]
+        index = (self.rows.side == "unmoved") & np.isin(self.rows.behaviour, names)
         return self.values[site][torch.from_numpy(np.flatnonzero(index))]
 
     # --- on disk ---------------------------------------------------------------------------------

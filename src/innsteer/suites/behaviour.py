@@ -1,15 +1,18 @@
 """The suite of one behaviour: prompts to answer, items to score, and prompts that must not move."""
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.resources import files
+from os.path import commonprefix
 from typing import Any
 
 from innsteer import contrast as contrasts
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.contrast import Contrast
 from innsteer.errors import DataError, InputError
+from innsteer.formats import Conversation, messages
 
 
 @dataclass(frozen=True)
@@ -122,12 +125,105 @@ def _numbered(name: str, texts: Sequence[str]) -> tuple[Prompt, ...]:
 
 
 def in_format(behaviour: str | Contrast, part: str) -> tuple[Prompt, ...]:
-    """Prompts in a built-in behaviour's own wording that it does not concern; () for others."""
-    if not meta(behaviour):
+    """Prompts in a behaviour's own wording that it does not concern.
+
+    Built-in behaviours have their own; Yes/No choices of one's own ask the unmoved statements in
+    their wording (part fit, validation or test); () for others.
+    """
+    if meta(behaviour):
+        name = behaviour.behaviour if isinstance(behaviour, Contrast) else behaviour
+        return _numbered("in-format", contrasts.prompts(name, f"in_format_{part}"))
+    # The options of a lettered question are no statements, and open questions ask for none.
+    if isinstance(behaviour, str) or not {item.key for item in behaviour.items} <= {"Yes", "No"}:
         return ()
-    name = behaviour.behaviour if isinstance(behaviour, Contrast) else behaviour
-    texts = contrasts.prompts(name, f"in_format_{part}")
-    return tuple(Prompt(f"in-format-{n:03d}", text) for n, text in enumerate(texts))
+    first = behaviour.items[0].prompt
+    asked = unmoved(part, wording(behaviour)) if first else ()
+    return tuple(replace(ask, conversation=reask(first, str(ask.conversation))) for ask in asked)
+
+
+def unmoved(part: str, template: str) -> tuple[Prompt, ...]:
+    """Harmless statements that no persona behaviour concerns, in a wording.
+
+    The parts fit, validation and test hold different kinds.
+
+    >>> unmoved("fit", "True? {statement}")[0].conversation
+    'True? Ice floats because it is less dense than liquid water'
+
+    Raises:
+        InputError: no such part, or a template without one ``{statement}``.
+    """
+    texts = _interleaved("unmoved.jsonl", "text", part, expected="fit, validation or test")
+    return _numbered(f"unmoved-{part}", [fill(template, text) for text in texts])
+
+
+def questions() -> dict[str, Any]:
+    """Wordings of a question about a statement, each with ``{statement}``, and open questions.
+
+    ``original``, ``second``: one each. ``augmentation``, ``held_out``: five paraphrases each that
+    share no sentence. ``open``: five questions that a statement could answer.
+    """
+    found: dict[str, Any] = json.loads(_text("questions.json"))
+    return found
+
+
+def fill(template: str, statement: str) -> str:
+    """A statement in a wording; other braces are left alone.
+
+    >>> fill("Would you say {statement}?", "{hi}")
+    'Would you say {hi}?'
+
+    Raises:
+        InputError: the template does not hold ``{statement}`` once.
+    """
+    before, after = _halves(template)
+    return before + statement + after
+
+
+def stated(text: str, template: str) -> str | None:
+    """The statement that fills the template to this text; None where the text has another wording.
+
+    >>> stated("Would you say hi?", "Would you say {statement}?")
+    'hi'
+    """
+    before, after = _halves(template)
+    fits = text.startswith(before) and text.endswith(after)
+    return text[len(before) : len(text) - len(after)] or None if fits else None
+
+
+def wording(contrast: Contrast) -> str:
+    """The wording that all questions of a contrast share, as a template with ``{statement}``.
+
+    One of `questions` where it fits all; otherwise the longest shared beginning and end, cut back
+    to whole words. Of messages the last turn counts. A beginning that all statements share is
+    taken for the wording, so give it the whole contrast.
+
+    >>> rows = [{"prompt": f"Do you like {word}?", "source": "No", "target": "Yes"}
+    ...         for word in ("tea", "toast", "rice")]
+    >>> wording(Contrast.load(rows))
+    'Do you like {statement}?'
+    """
+    texts = sorted({asked(item.prompt) for item in contrast.items})
+    known = questions()
+    one = (known["second"], known["original"])
+    for template in (*one, *known["augmentation"], *known["held_out"]):
+        if all(stated(text, template) for text in texts):
+            return str(template)
+    before = re.sub(r"\w+$", "", commonprefix(texts))
+    ends = [text[len(before) :][::-1] for text in texts]
+    after = re.sub(r"^\w+", "", commonprefix(ends)[::-1])
+    # One question alone, or one inside another: no part of it is known to be the statement.
+    lone = any(len(end) == len(after) for end in ends)
+    return "{statement}" if lone else before + "{statement}" + after
+
+
+def asked(prompt: Conversation) -> str:
+    """The text of a prompt's last turn."""
+    return messages(prompt)[-1]["content"]
+
+
+def reask(prompt: Conversation, text: str) -> Conversation:
+    """The same conversation with another last turn."""
+    return text if isinstance(prompt, str) else (*prompt[:-1], {**prompt[-1], "content": text})
 
 
 def neutral(part: str) -> tuple[Prompt, ...]:
@@ -136,17 +232,8 @@ def neutral(part: str) -> tuple[Prompt, ...]:
     Raises:
         InputError: no such part.
     """
-    rows = _lines("neutral.jsonl")
-    # Interleave the kinds, so that the first prompts of a short search hold all of them.
-    kinds: dict[str, list[str]] = {}
-    for row in rows:
-        if row["part"] == part:
-            kinds.setdefault(row["kind"], []).append(row["prompt"])
-    if not kinds:
-        raise InputError(f"neutral prompts of part {part!r}", expected="validation or test")
-    longest = max(len(prompts) for prompts in kinds.values())
-    mixed = [prompts[n] for n in range(longest) for prompts in kinds.values() if n < len(prompts)]
-    return _numbered(f"neutral-{part}", mixed)
+    texts = _interleaved("neutral.jsonl", "prompt", part, expected="validation or test")
+    return _numbered(f"neutral-{part}", texts)
 
 
 def plain() -> tuple[str, ...]:
@@ -154,10 +241,32 @@ def plain() -> tuple[str, ...]:
     return tuple(row["text"] for row in _lines("plain.jsonl"))
 
 
+def _halves(template: str) -> list[str]:
+    halves = template.split("{statement}")
+    if len(halves) != 2:
+        raise InputError(f"the wording {template!r}", expected="a text with {statement} once")
+    return halves
+
+
+def _interleaved(name: str, column: str, part: str, *, expected: str) -> list[str]:
+    """A part's texts, their kinds mixed, so that the first few hold all of them."""
+    kinds: dict[str, list[str]] = {}
+    for row in _lines(name):
+        if row["part"] == part:
+            kinds.setdefault(row["kind"], []).append(row[column])
+    if not kinds:
+        raise InputError(f"{name.partition('.')[0]} prompts of part {part!r}", expected=expected)
+    longest = max(len(texts) for texts in kinds.values())
+    return [texts[n] for n in range(longest) for texts in kinds.values() if n < len(texts)]
+
+
 def _lines(name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in _text(name).splitlines() if line.strip()]
+
+
+def _text(name: str) -> str:
     path = files("innsteer") / "suites" / name
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise DataError(f"{name} is missing from the installed package") from None
-    return [json.loads(line) for line in text.splitlines() if line.strip()]
