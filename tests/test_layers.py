@@ -11,7 +11,8 @@ HOUSE = Path(__file__).resolve().parents[1] / "src" / "innsteer"
 # From the ground up; each knows those before it. ``__init__`` is the door, not a room.
 ROOMS = """
     errors files site groups formats contrast activations fingerprint layout smollm2 models
-    flows shelf steerer interventions hooks steerers calibration steering
+    flows shelf steerer readouts interventions gating training batches hooks steerers calibration
+    steering
     backends metrics suites tuning figures pages report evaluation demo cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}

@@ -8,8 +8,8 @@ d]`` and an engine's ragged batch alike.
 import dataclasses
 import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, Protocol
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -104,19 +104,47 @@ def _key(site: Site) -> str:
     return f"{site.stream}_{site.layer}"
 
 
+class Answers(NamedTuple):
+    """Log-probabilities ``[items]`` of the two answers, summed over each answer's tokens, nats."""
+
+    target: Tensor
+    source: Tensor
+
+
 class Runner(Protocol):
     """A model seen through a keyhole, for methods that fit through it; a backend makes one.
 
-    Nothing here hands out the model or the tokenizer.
+    Nothing here hands out the model or the tokenizer. Items and unmoved sequences go by number.
     """
 
-    @property
-    def items(self) -> tuple[str, ...]:
-        """Ids of the training items, in the order of every other answer."""
+    behaviours: tuple[str, ...]
+    sites: tuple[Site, ...]
+    unmoved: tuple[int, ...]
+
+    def items(self, split: str = "train", behaviour: str | None = None) -> list[int]:
+        """Numbers of the items of a part."""
         ...
 
-    def record(self, site: Site, interventions: Interventions | None = None) -> Activations:
-        """Rows at a site with the given edits active upstream."""
+    def keys(self, items: Sequence[int]) -> list[str]:
+        """The bare matching answer of each item; "" for open ones."""
+        ...
+
+    def answers(
+        self, interventions: Interventions | None, items: Sequence[int], coef: Sequence[float]
+    ) -> Answers:
+        """Log-probabilities of both answers of items at a strength each, differentiable."""
+        ...
+
+    def divergence(
+        self, interventions: Interventions, unmoved: Sequence[int], coef: Tensor
+    ) -> Tensor:
+        """KL(base || steered) of every token of unmoved sequences, nats, differentiable."""
+        ...
+
+    def rows(
+        self, interventions: Interventions | None = None, *, step: float = 0.3, said: bool = False
+    ) -> Activations:
+        """Target-seeking rows at all sites, with given edits active."""
         ...
 
 
@@ -124,7 +152,8 @@ class Steerer(ABC):
     """The fitted half: a frozen dataclass of hyper-parameters, every field with a default.
 
     Class variables describe the method for people and tools; they are literals, because the shelf
-    is read without importing it. ``needs`` is any of ``pairs``, ``classes``, ``model``.
+    is read without importing it. ``needs`` is any of ``pairs``, ``classes``, ``keys`` (choices),
+    ``gradients`` (target-seeking rows), ``unmoved`` (rows to leave alone), ``model``.
     """
 
     paper: ClassVar[str]
@@ -150,6 +179,15 @@ class Steerer(ABC):
     @abstractmethod
     def fit(self, acts: Activations, *, seed: int = 0) -> Interventions:
         """Fit on recorded rows; the same rows and seed give the same tensors."""
+
+    @property
+    def through(self) -> bool:
+        """Whether a fit needs the model: its gradients (rows that seek the target), or itself."""
+        return bool({"gradients", "model"} & set(self.needs))
+
+    def fit_through(self, run: Runner, *, seed: int = 0) -> Interventions:
+        """Fit through the model; by default on its target-seeking rows."""
+        return self.fit(run.rows(), seed=seed)
 
     def diagnose(self, acts: Activations, fitted: Interventions) -> dict[str, float]:
         """Figures on the fitted map's health, for reports; none unless the method has some."""

@@ -19,10 +19,11 @@ from innsteer.flows import (
     Householder,
     Standardise,
     Subspace,
+    Translation,
 )
 from innsteer.site import Site
 from innsteer.steerers.diffmean import DiffMean
-from innsteer.steerers.innsteer import Form, INNSteer, LatentShift, _split, _spread
+from innsteer.steerers.innsteer import Form, INNSteer, Latent, split_rows, spread_rows
 from innsteer.steering import Steering
 
 ALPHAS = (-2.0, -0.5, 0.25, 1.0, 3.0)
@@ -86,8 +87,8 @@ def test_an_affine_flow_is_diffmean_at_every_strength():
     affine = Chain([Standardise(d), Householder(d, reflections=3), LU(d)])
     affine.initialise(acts.values[acts.site])
     affine.parts[2].packed.copy_(0.3 * torch.randn(d, d, generator=draws(1)))
-    part, plain = LatentShift(affine), DiffMean().fit(acts)[acts.site]
-    part.shifts[0] = latent_means(affine, acts)
+    part, plain = Latent(affine, Translation(affine.width)), DiffMean().fit(acts)[acts.site]
+    part.step.shifts[0] = latent_means(affine, acts)
     h = acts.sides(acts.site)[0]
     assert (affine(h) - h).abs().max() > 0.1  # it is no identity
     for alpha in ALPHAS:
@@ -120,8 +121,8 @@ def test_the_coupling_made_by_hand_gives_the_sheets_numbers():
     torch.testing.assert_close(z, z.new_tensor([[0.5, 1.8374]]), rtol=0, atol=5e-5)
     torch.testing.assert_close(log_det, z.new_tensor([0.4621]), rtol=0, atol=5e-5)
 
-    part = LatentShift(coupling).double()
-    part.shifts[0] = z.new_tensor([1.0, 0.0])
+    part = Latent(coupling).double()
+    part.step.shifts[0] = z.new_tensor([1.0, 0.0])
     whole = part(x, column(1.0, 1).double())
     torch.testing.assert_close(whole, z.new_tensor([[1.5, -0.1669]]), rtol=0, atol=5e-5)
     small = (part(x, column(0.01, 1).double()) - x) / 0.01
@@ -129,7 +130,7 @@ def test_the_coupling_made_by_hand_gives_the_sheets_numbers():
 
     # to first order the direction is J^-1 v
     jacobian = torch.autograd.functional.jacobian(lambda r: coupling(r[None])[0], x[0])
-    first = torch.linalg.solve(jacobian, part.shifts[0])
+    first = torch.linalg.solve(jacobian, part.step.shifts[0])
     torch.testing.assert_close(first, z.new_tensor([1.0, -1.4164]), rtol=0, atol=5e-5)
     tiny = (part(x, column(1e-7, 1).double()) - x)[0] / 1e-7
     torch.testing.assert_close(tiny, first, rtol=0, atol=1e-5)
@@ -308,7 +309,7 @@ def test_validation_rows_choose_the_state_and_do_not_move_the_shift():
     train, other = bent(30), bent(30, seed=8)
     acts = beside(train, other, "validation")
     part = INNSteer(hidden=4, epochs=3).fit(acts)[train.site]
-    torch.testing.assert_close(part.shifts[0], latent_means(part.flow, train), rtol=0, atol=1e-6)
+    torch.testing.assert_close(part.step.shifts[0], latent_means(part.flow, train), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("patience", [0, 10])
@@ -409,19 +410,19 @@ def test_sites_are_fitted_apart():
 def test_behaviours_share_one_flow_and_their_shifts_add_in_it():
     acts = two_behaviours()
     part = INNSteer(hidden=8, epochs=20, patience=0).fit(acts)[acts.site]
-    assert part.shifts.shape == (2, 6)
+    assert part.step.shifts.shape == (2, 6)
     h = acts.sides(acts.site)[0][:3]
     coef = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.5, -2.0]])
     z = part.flow(h)
     moved = part.flow(part(h, coef)) - z
-    torch.testing.assert_close(moved, coef @ part.shifts, rtol=0, atol=1e-4)
+    torch.testing.assert_close(moved, coef @ part.step.shifts, rtol=0, atol=1e-4)
     # what each row asks for is its own: the rows are one pass
     for i in range(3):
         alone = part(h[i : i + 1], coef[i : i + 1])
         torch.testing.assert_close(alone, part(h, coef)[i : i + 1], rtol=0, atol=1e-5)
     source, target = acts.sides(acts.site, "b1")
     torch.testing.assert_close(
-        part.shifts[1], part.flow(target).mean(0) - part.flow(source).mean(0), rtol=0, atol=1e-5
+        part.step.shifts[1], part.flow(target).mean(0) - part.flow(source).mean(0), rtol=0, atol=1e-5
     )
 
 
@@ -469,7 +470,7 @@ def test_diagnose_takes_the_worst_behaviour():
     fitted = method.fit(acts)
     part = fitted[acts.site]
     with torch.no_grad():
-        part.shifts[1] = -2 * part.shifts[1]
+        part.step.shifts[1] = -2 * part.shifts[1]
     figures = method.diagnose(acts, fitted)
     assert figures["consistency"] < 0  # that of the second, whose shift was turned
     source = acts.sides(acts.site, "b1")[0]
@@ -505,7 +506,7 @@ def test_the_shift_is_the_difference_of_weighted_latent_means():
     part = INNSteer(hidden=4, epochs=3).fit(acts)[acts.site]
     sides = (part.flow(side) for side in acts.sides(acts.site))
     means = [(w[:, None] * z).sum(0) / w.sum() for z, w in zip(sides, weight.chunk(2), strict=True)]
-    torch.testing.assert_close(part.shifts[0], means[1] - means[0], rtol=0, atol=1e-5)
+    torch.testing.assert_close(part.step.shifts[0], means[1] - means[0], rtol=0, atol=1e-5)
 
 
 def test_batches_start_and_held_out_rows_follow_the_weights():
@@ -513,13 +514,13 @@ def test_batches_start_and_held_out_rows_follow_the_weights():
     weight = torch.ones(40)
     weight[[3, 27]] = 1e9
     acts = beside(weighing(acts, weight), weighing(acts, weight), "validation")
-    data = _split(acts, acts.site, 0.15, 0)
+    data = split_rows(acts, acts.site, 0.15, 0)
     heavy = acts.values[acts.site][[3, 27]]
     drawn = data.batch(16, draws())
     for side, row in enumerate(heavy):
         assert (drawn[side][0] == row).all() and len(drawn[side][0]) == 16
         assert ((data.held_source, data.held_target)[side][0] == row).all()
-    spread = _spread(torch.arange(4.0), torch.tensor([1.0, 1.0, 1.0, 7.0]).double())
+    spread = spread_rows(torch.arange(4.0), torch.tensor([1.0, 1.0, 1.0, 7.0]).double())
     assert spread.tolist() == [1.0, 3.0, 3.0, 3.0]
 
 

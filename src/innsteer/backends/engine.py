@@ -1,7 +1,7 @@
 """What every part of the Hugging Face engine shares: batches, padding, one forward pass."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, cast
 
@@ -12,7 +12,9 @@ from innsteer.backends.base import Progress
 from innsteer.contrast import Conversation
 from innsteer.hooks import Trace, require_selected
 from innsteer.interventions import Edit
+from innsteer.layout import Block
 from innsteer.models import LanguageModel
+from innsteer.site import Site
 
 
 class Engine:
@@ -91,6 +93,32 @@ def tally(edits: Sequence[Edit]) -> Iterator[Trace]:
     yield trace
     if edits:
         require_selected(trace, edits)
+
+
+@contextmanager
+def replay(blocks: Sequence[Block], held: Any) -> Iterator[None]:
+    """Blocks hand over what was kept instead of computing it; their hooks run as ever."""
+    with ExitStack() as stack:
+        for block in blocks:
+            own = vars(block.module)
+            if "forward" in own:
+                stack.callback(own.__setitem__, "forward", own["forward"])
+            # An instance attribute shadows the class's forward; hooks still run around it.
+            stack.callback(own.pop, "forward")
+            own["forward"] = lambda *args, **kwargs: held
+        yield
+
+
+def cut_of(sites: Sequence[Site]) -> int:
+    """The deepest block whose output no edit changes, or changes only after it was computed.
+
+    -1: there is none. An edit inside a block (its attention, its MLP) changes its output.
+    """
+    if not sites:
+        return -1
+    lowest = min(site.layer for site in sites)
+    inner = any(site.layer == lowest and site.stream != "residual" for site in sites)
+    return lowest - 1 if inner else lowest
 
 
 def positions_of(mask: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Cost: what edits do to the model's predictions on a reference, token by token."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from innsteer.backends.base import Completion, Kind, Prompt, silent
-from innsteer.backends.engine import Engine, as_text, edits_of, tally
+from innsteer.backends.engine import Engine, as_text, cut_of, edits_of, replay, tally
 from innsteer.contrast import Conversation
 from innsteer.hooks import Attachment, Trace
 from innsteer.interventions import Edit
@@ -65,7 +65,7 @@ class Meter:
         divergence: bool = True,
     ) -> None:
         self.backend, self.reference = backend, reference
-        self._cut = _cut(sites)
+        self._cut = cut_of(sites)
         self._divergence = divergence
         self._batches: list[_Measured] = []
         lengths = [len(ids) for ids in reference.ids]
@@ -109,7 +109,7 @@ class Meter:
         """
         found: dict[int, Completion] = {}
         # An edit below the cut changes what was kept.
-        held = _cut([site for edit in edits for site in edit.interventions]) >= self._cut
+        held = cut_of([site for edit in edits for site in edit.interventions]) >= self._cut
         with tally(edits) as trace:
             for part in self._batches:
                 lengths = [self.reference.lengths[i] for i in part.order]
@@ -258,14 +258,7 @@ class Meter:
             held = (
                 (whole[0][:, start:], *whole[1:]) if isinstance(whole, tuple) else whole[:, start:]
             )
-        with ExitStack() as stack:
-            for block in self.backend.model.layout.blocks[: self._cut + 1]:
-                own = vars(block.module)
-                if "forward" in own:
-                    stack.callback(own.__setitem__, "forward", own["forward"])
-                # An instance attribute shadows the class's forward; hooks still run around it.
-                stack.callback(own.pop, "forward")
-                own["forward"] = lambda *args, **kwargs: held
+        with replay(self.backend.model.layout.blocks[: self._cut + 1], held):
             yield
 
 
@@ -310,12 +303,3 @@ def instruct(conversation: Conversation, instruction: str) -> Conversation:
         return f"{conversation} {instruction}"
     *before, last = conversation
     return (*before, {"role": last["role"], "content": f"{last['content']} {instruction}"})
-
-
-def _cut(sites: Sequence[Site]) -> int:
-    """The deepest block whose output no edit changes, or changes only after it was computed."""
-    if not sites:
-        return -1
-    lowest = min(site.layer for site in sites)
-    inner = any(site.layer == lowest and site.stream != "residual" for site in sites)
-    return lowest - 1 if inner else lowest

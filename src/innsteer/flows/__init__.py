@@ -6,6 +6,7 @@ Every flow has ``forward`` (x -> z), ``inverse`` (z -> x), ``forward_log_det`` a
 from innsteer.flows.actnorm import ActNorm
 from innsteer.flows.base import Chain, Flow
 from innsteer.flows.coupling import AffineCoupling
+from innsteer.flows.latent import Shear, Step, Translation
 from innsteer.flows.mixing import LU, Householder, Permute, Reverse
 from innsteer.flows.stack import coupling_stack
 from innsteer.flows.standardise import Standardise
@@ -20,7 +21,10 @@ __all__ = [
     "Householder",
     "Permute",
     "Reverse",
+    "Shear",
     "Standardise",
+    "Step",
     "Subspace",
+    "Translation",
     "coupling_stack",
 ]

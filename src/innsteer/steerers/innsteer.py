@@ -4,87 +4,116 @@ import copy
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from innsteer.activations import Activations
+from innsteer.batches import main_basis, split_rows, spread_rows
 from innsteer.errors import InputError, UnknownName
-from innsteer.flows import Chain, Flow, Standardise, Subspace, coupling_stack
-from innsteer.interventions import trainable
+from innsteer.flows import (
+    Chain,
+    Flow,
+    Householder,
+    Shear,
+    Standardise,
+    Subspace,
+    Translation,
+    coupling_stack,
+)
+from innsteer.gating import fit_gate
+from innsteer.interventions import Latent, trainable
+from innsteer.readouts import Aims, aims, direction, probe
 from innsteer.site import Site
-from innsteer.steerer import Intervention, Interventions, Steerer, side_means, weights
+from innsteer.steerer import Interventions, Runner, Steerer, side_means
+from innsteer.training import best_scale, train_through
 
+Objective = Literal["classes", "target"]
+Family = Literal["translation", "shear"]
 Mixing = Literal["permute", "alternate", "householder", "lu"]
 Activation = Literal["relu", "tanh", "gelu"]
 Form = Literal["distance", "margin", "fisher", "cosine"]
 
-
-class LatentShift(Intervention):
-    """h' = h + g(f(h) + coef @ shifts) - g(f(h)), with f a flow and g its inverse.
-
-    Args:
-        flow: f, of width d. k: number of behaviours, all in the one latent space.
-
-    ``shifts`` ``[k, d]`` is in latent units. Written as a difference, the round-trip error cancels
-    and strength 0 is exactly nothing. Both inverses run as one stacked call.
-    """
-
-    shifts: Tensor
-
-    def __init__(self, flow: Flow, k: int = 1) -> None:
-        super().__init__()
-        self.flow = flow
-        self.width = flow.width
-        self.register_buffer("shifts", torch.zeros(k, flow.width))
-
-    def displacement(self, h: Tensor, coef: Tensor) -> Tensor:
-        """g(f(h) + coef @ shifts) - g(f(h))."""
-        z = self.flow(h)
-        moved, back = self.flow.inverse(torch.cat([z + coef @ self.shifts, z])).chunk(2)
-        return moved - back
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The subspace's rank: the rows may have had fewer directions than were asked for."""
-        return {"subspace": self.flow.inner.width} if isinstance(self.flow, Subspace) else {}
+# What a field that is left open means, by objective.
+OPEN = 20.0
+"""A bias at which tanh and sigmoid are 1 to float32's round-off."""
+RECIPES: dict[str, dict[str, Any]] = {
+    "classes": {
+        "family": "translation",
+        "couplings": 4,
+        "hidden": 128,
+        "subspace": 0,
+        "likelihood": 1.0,
+        "separation": 0.1,
+        "log_det": 0.5,
+        "transport": 0.0,
+        "direction": 0.0,
+    },
+    "target": {
+        "family": "shear",
+        "couplings": 0,
+        "hidden": 64,
+        "subspace": 64,
+        "likelihood": 0.1,
+        "separation": 0.0,
+        "log_det": 0.01,
+        "transport": 1.0,
+        "direction": 0.3,
+    },
+}
 
 
 @dataclass(frozen=True)
 class INNSteer(Steerer):
-    """Translate in the latent space of an invertible network, trained per behaviour and layer.
+    """Steer in the latent space of an invertible network: translate there, or shear.
 
-    z = f(h);  h' = g(z + strength * v);  v = mean f(target) - mean f(source);  g = f^-1
+    z = f(h);  h' = g(step(z, strength));  g = f^-1
+    translation:  step(z) = z + strength * v
+    shear:        z = (b, a), step(z) = (b + strength * gate(a) * tanh(read . a + bias) * w, a)
 
-    To first order h' - h = strength * J_f(h)^-1 v: the direction depends on the input. With an
-    affine f it is DiffMean (the paper's Corollary F.2), and f starts as one. Trained on recorded
-    rows, in seconds; about 4 * (d/2 * hidden + hidden * d) weights per site at the default depth.
-    f runs in float32 whatever the model's dtype: bfloat16 is too rough for an inverse.
-
-    The loss, per dimension so that its terms keep their balance at any width d:
+    ``objective="classes"`` is the paper's fit: f is trained on recorded rows of both classes, and
+    v = mean f(target) - mean f(source). To first order h' - h = strength * J_f(h)^-1 v: the
+    direction depends on the input. With an affine f it is DiffMean (the paper's Corollary F.2), and
+    f starts as one. Trained in seconds; about 4 * (d/2 * hidden + hidden * d) weights per site at
+    the default depth. f runs in float32 whatever the model's dtype: bfloat16 is too rough for an
+    inverse. Its loss, per dimension so that its terms keep their balance at any width d:
         likelihood * E[|z|^2 / 2 - log_det] / d           both sides against one N(0, I)
         + separation * L_sep                              pushes the sides' latent means apart
         + log_det * ((mean l)^2 + var l),  l = log_det/d  keeps the inverse tame after the shift
     The standardisation's constant log-det is left out of l: it would swamp the rest.
 
+    ``objective="target"`` aims at what the model then says: rows are moved along the gradient of
+    the answers' log-odds (``Runner.rows``), a shear is set in closed form from them (write
+    direction: the mean gradient; readout: a logistic probe of the matching answer; gate: a shrunken
+    LDA of the items' rows against rows that must not move), and ``polish`` steps through the frozen
+    model follow. The readouts see only what the edit leaves alone, so strengths add, -s undoes s
+    and log-det is 0. With ``couplings`` a deeper flow is taught the same field by
+        transport * |h' - h+|^2 / mean |gap|^2 + direction * (1 - cos(h' - h, gap))
+    both ways along each pair, unmoved rows staying, plus the terms above. A translation has no
+    fixed point and can only imitate one; the shear has them.
+
     Not to be confused with a flow-matching velocity field (FLAS, TruthFlow): f is a bijection.
     Row weights count in the draw of batches, the start of f, the held-out loss and the means of v;
     the pairs' and rows' main directions of a ``subspace`` are taken unweighted.
-    The paper gives the three terms and leaves widths and weights open; every choice is a field.
+    The paper gives the three terms and leaves widths and weights open; every choice is a field, and
+    None takes the objective's own (``RECIPES``).
     Where two public re-implementations reward a cosine of the sides' *means*, the default here is
     their distance: standardised means are near +-m, so that cosine works against separation.
 
     Attributes:
-        couplings: affine couplings, each after an ActNorm. Unitless, >= 1.
+        objective: ``classes`` (recorded rows) or ``target`` (through the model).
+        family: the latent step. A shear is fitted by ``target`` alone.
+        couplings: affine couplings, each after an ActNorm. Unitless; 0 for a shear alone: then f
+            only standardises and rotates the write directions onto coordinates of their own.
         hidden: width of each conditioner's hidden layers. depth: how many of them.
         s_max: bound on a coupling's log-scale; factors lie in [e^-s_max, e^s_max].
         mixing: how coordinates meet between couplings.
         actnorm: a learned, bounded scale and shift before every coupling.
-        subspace: f acts on this many coordinates (the sides' difference, the main directions of
-            the pairs' differences, and the main directions of all rows), the rest passes through
-            untouched; 0 = the whole width.
-        likelihood, separation, log_det: weights of the three terms, >= 0.
+        subspace: a translation's f acts on this many coordinates (the sides' difference, the main
+            directions of the pairs' differences, and the main directions of all rows), the rest
+            passes through untouched; 0 = the whole width.
+        likelihood, separation, log_det, transport, direction: weights of the terms, >= 0.
         separation_form: ``distance`` -|m+ - m-|/sqrt(d), ``margin`` max(0, margin - that),
             ``fisher`` -log of the Fisher ratio along the mean difference, ``cosine`` as in the
             re-implementations.
@@ -94,11 +123,21 @@ class INNSteer(Steerer):
         patience: stop after this many epochs without a better held-out loss, and keep the best;
             0 = run the full schedule and keep the last.
         holdout: share of the training pairs held out when no validation rows are given.
+        units: readouts of a shear per behaviour. write: coordinates that a shear writes, shared by
+            all behaviours; 0 = as many as there are behaviours, at most 4.
+        kappa: how sharply a shear's first readout decides, in standard deviations of the probe.
+        gate: close the shear on rows unlike the items', where unmoved rows are given.
+        shrinkage, quantile, slope: of the gate, see ``gating.fit_gate``.
+        denoised: teach couplings the closed form's field rather than the raw gradients.
+        polish: steps through the frozen model, the best validation state is kept; 0 = none.
+        polish_rate: their learning rate. polish_batch: items per step.
+        polish_unmoved: weight of the divergence on unmoved sequences meanwhile.
 
     Reference:
         Nguyen and Le, INNSteer (2026), https://arxiv.org/abs/2606.08454; couplings: Dinh et al.,
         Density estimation using Real NVP (2017), https://arxiv.org/abs/1605.08803; ActNorm:
-        Kingma and Dhariwal, Glow (2018), https://arxiv.org/abs/1807.03039
+        Kingma and Dhariwal, Glow (2018), https://arxiv.org/abs/1807.03039; the shear is an additive
+        coupling: Dinh et al., NICE (2014), https://arxiv.org/abs/1410.8516
 
     >>> generator = torch.Generator().manual_seed(0)
     >>> rows = torch.randn(64, 6, generator=generator)
@@ -114,17 +153,21 @@ class INNSteer(Steerer):
     trained: ClassVar[bool] = True
     invertible: ClassVar[bool] = True
 
-    couplings: int = 4
-    hidden: int = 128
+    objective: Objective = "classes"
+    family: Family | None = None
+    couplings: int | None = None
+    hidden: int | None = None
     depth: int = 1
     s_max: float = 1.0
     mixing: Mixing = "permute"
     activation: Activation = "relu"
     actnorm: bool = True
-    subspace: int = 0
-    likelihood: float = 1.0
-    separation: float = 0.1
-    log_det: float = 0.5
+    subspace: int | None = None
+    likelihood: float | None = None
+    separation: float | None = None
+    log_det: float | None = None
+    transport: float | None = None
+    direction: float | None = None
     separation_form: Form = "distance"
     margin: float = 3.0
     epochs: int = 300
@@ -135,23 +178,40 @@ class INNSteer(Steerer):
     clip: float = 1.0
     patience: int = 10
     holdout: float = 0.15
+    units: int = 1
+    write: int = 0
+    kappa: float = 2.0
+    gate: bool = True
+    shrinkage: float = 0.1
+    quantile: float = 0.02
+    slope: float = 6.0
+    denoised: bool = True
+    polish: int = 100
+    polish_rate: float = 3e-3
+    polish_batch: int = 48
+    polish_unmoved: float = 1.0
 
     def __post_init__(self) -> None:
         ranges = {
-            1: ("couplings", "hidden", "depth", "epochs", "batch"),
-            0: ("subspace", "patience", "likelihood", "separation", "log_det", "margin")
-            + ("weight_decay", "warmup"),
+            1: ("hidden", "depth", "epochs", "batch", "units", "polish_batch"),
+            0: ("couplings", "subspace", "patience", "likelihood", "separation", "log_det")
+            + ("transport", "direction", "margin", "weight_decay", "warmup", "write", "polish")
+            + ("polish_unmoved",),
         }
+        for name, kind in {"objective": Objective, "family": Family}.items():
+            if getattr(self, name) is not None and getattr(self, name) not in get_args(kind):
+                raise UnknownName(name, getattr(self, name), get_args(kind))
         for least, names in ranges.items():
             for name in names:
                 # "not >=" so that NaN is refused too
-                if not least <= getattr(self, name) < math.inf:
+                if not least <= self._of(name) < math.inf:
                     raise InputError(f"{name}={getattr(self, name)}", expected=f">= {least}")
         # An artifact names these too: a hostile one must not make us build a giant.
-        for name, most in {"couplings": 64, "depth": 16, "hidden": 65_536}.items():
-            if getattr(self, name) > most:
+        largest = {"couplings": 64, "depth": 16, "hidden": 65_536, "units": 1024, "write": 1024}
+        for name, most in largest.items():
+            if self._of(name) > most:
                 raise InputError(f"{name}={getattr(self, name)}", expected=f"<= {most}")
-        for name in ("s_max", "learning_rate", "clip"):
+        for name in ("s_max", "learning_rate", "clip", "kappa", "polish_rate"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"{name}={getattr(self, name)}", expected="a positive number")
         if not 0 < self.holdout < 1:
@@ -160,6 +220,38 @@ class INNSteer(Steerer):
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
                 raise UnknownName(name, getattr(self, name), get_args(kind))
+        if self._shears and self.objective == "classes":
+            raise InputError(
+                "a shear fitted on recorded classes",
+                expected='objective="target": its readouts need rows that seek the target',
+            )
+        if not self._shears and self._of("couplings") < 1:
+            raise InputError(
+                f"couplings={self.couplings} of a translation",
+                expected="at least 1: without, it would be a constant shift",
+                remedy="use the method diffmean",
+            )
+
+    def _of(self, name: str) -> Any:
+        """A field, or the objective's own value where it is left open."""
+        value = getattr(self, name)
+        return RECIPES[self.objective][name] if value is None and name in self._open else value
+
+    @property
+    def _open(self) -> dict[str, Any]:
+        recipe = dict(RECIPES[self.objective])
+        if self.objective == "target" and self.family == "translation":
+            recipe["couplings"] = 4
+        return recipe
+
+    @property
+    def _shears(self) -> bool:
+        return bool(self._of("family") == "shear")
+
+    @property
+    def through(self) -> bool:
+        """A fit that aims at the target needs the model."""
+        return self.objective == "target"
 
     def build(
         self, widths: Mapping[Site, int], k: int = 1, sizes: Mapping[str, int] = {}
@@ -167,18 +259,38 @@ class INNSteer(Steerer):
         """Flows of the right shapes, not fitted."""
         return Interventions(
             {
-                site: LatentShift(self._flow(width, sizes.get(f"{site}.subspace")), k)
+                site: self._empty(
+                    width, k, sizes.get(f"{site}.subspace"), sizes.get(f"{site}.write")
+                )
                 for site, width in widths.items()
             }
         )
 
+    def _empty(
+        self, width: int, k: int, rank: int | None = None, write: int | None = None, seed: int = 0
+    ) -> Latent:
+        """A map of the right shapes: the shear's rotation and step, or the translation's."""
+        if not self._shears:
+            return Latent(self._flow(width, rank, seed), Translation(width, k))
+        r = write or self.write or min(k, 4)
+        parts: list[Flow] = [Standardise(width)]
+        if self._of("couplings"):
+            parts.append(self._stack(width, seed))
+        flow = Chain([*parts, Householder(width, reflections=r)])
+        return Latent(flow, Shear(width, r, k, self.units))
+
     def _flow(self, width: int, rank: int | None, seed: int = 0) -> Flow:
         """Standardise, then the couplings; inside a subspace where one is asked for."""
-        inner = min(rank or self.subspace or width, width)
-        stack = coupling_stack(
-            inner,
-            couplings=self.couplings,
-            hidden=self.hidden,
+        inner = min(rank or self._of("subspace") or width, width)
+        flow: Flow = Chain([Standardise(inner), self._stack(inner, seed)])
+        return Subspace(flow, torch.eye(width, inner)) if self._of("subspace") else flow
+
+    def _stack(self, width: int, seed: int) -> Flow:
+        """The couplings."""
+        return coupling_stack(
+            width,
+            couplings=self._of("couplings"),
+            hidden=self._of("hidden"),
             depth=self.depth,
             s_max=self.s_max,
             mixing=self.mixing,
@@ -186,87 +298,272 @@ class INNSteer(Steerer):
             activation=self.activation,
             seed=seed,
         )
-        flow: Flow = Chain([Standardise(inner), stack])
-        return Subspace(flow, torch.eye(width, inner)) if self.subspace else flow
+
+    # --- fitting ---------------------------------------------------------------------------------
 
     def fit(self, acts: Activations, *, seed: int = 0) -> Interventions:
-        """Train one flow per site and set the latent shift of every behaviour."""
-        return Interventions({site: self._fit_site(acts, site, seed) for site in acts.sites})
+        """Fit one map per site on rows; for ``target`` the rows seek it, and nothing is polished.
 
-    def _fit_site(self, acts: Activations, site: Site, seed: int) -> LatentShift:
-        data = _split(acts, site, self.holdout, seed)
+        Raises:
+            InputError: a side is missing, or training diverged.
+        """
+        one = self._fit_target if self.objective == "target" else self._fit_classes
+        fitted = Interventions({site: one(acts, site, seed) for site in acts.sites})
+        return fitted.eval().requires_grad_(False)
+
+    def fit_through(self, run: Runner, *, seed: int = 0) -> Interventions:
+        """Fit on target-seeking rows, choose how far strength 1 goes, and polish."""
+        maps = self.fit(run.rows(), seed=seed)
+        scale = best_scale(run, maps)
+        with torch.no_grad():
+            for _, part in maps.items():
+                assert isinstance(part, Latent)
+                step = part.step
+                assert isinstance(step, Shear | Translation)
+                (step.write if isinstance(step, Shear) else step.shifts).mul_(scale)
+        if self.polish:
+            for _, part in maps.items():
+                part.requires_grad_(True)
+                _freeze_gates(part)
+            train_through(
+                run,
+                maps,
+                steps=self.polish,
+                batch=self.polish_batch,
+                learning_rate=self.polish_rate,
+                unmoved=self.polish_unmoved,
+                seed=seed,
+            )
+        return maps.eval().requires_grad_(False)
+
+    def _fit_classes(self, acts: Activations, site: Site, seed: int) -> Latent:
+        """The paper's fit."""
+        data = split_rows(acts, site, self.holdout, seed)
+        flow = self._based_flow(acts, site, seed)
+        with torch.no_grad():
+            sides = zip(data.source + data.target, data.weights, strict=True)
+            flow.initialise(torch.cat([spread_rows(rows, weight) for rows, weight in sides]))
+        rng = torch.Generator().manual_seed(seed)
+        self._descend(
+            flow,
+            lambda: self._loss(flow, *data.batch(self.batch, rng)),
+            lambda: self._loss(flow, data.held_source, data.held_target),
+            sum(len(part) for part in data.target),
+        )
+        return _translated(acts, site, flow)
+
+    def _based_flow(self, acts: Activations, site: Site, seed: int) -> Flow:
+        """A translation's flow, inside the rows' main directions where a subspace is asked for."""
         width = acts.widths[site]
-        basis = _basis(acts, site, min(self.subspace, width)) if self.subspace else None
+        rank = min(self._of("subspace"), width)
+        basis = main_basis(acts, site, rank) if rank else None
         flow = self._flow(width, None if basis is None else basis.shape[1], seed)
         if basis is not None:
             assert isinstance(flow, Subspace)
             flow.basis.copy_(basis)
-        with torch.no_grad():
-            sides = zip(data.source + data.target, data.weights, strict=True)
-            flow.initialise(torch.cat([_spread(rows, weight) for rows, weight in sides]))
-        self._train(flow, data, seed)
-        fitted = LatentShift(flow, len(acts.behaviours))
-        train = acts.where(split="train")
-        with torch.no_grad():
-            for row, behaviour in enumerate(acts.behaviours):
-                source, target = side_means(train, site, behaviour, through=flow)
-                fitted.shifts[row] = target - source
-        return fitted.eval().requires_grad_(False)
+        return flow
 
-    def _train(self, flow: Flow, data: "_Data", seed: int) -> None:
-        """AdamW with warm-up and cosine decay; early stopping keeps the best held-out state."""
-        rng = torch.Generator().manual_seed(seed)
-        parameters = trainable(flow)
-        optimiser = torch.optim.AdamW(
-            parameters, lr=self.learning_rate, weight_decay=self.weight_decay
+    def _fit_target(self, acts: Activations, site: Site, seed: int) -> Latent:
+        """A shear in closed form; couplings, where asked for, learn its field."""
+        parts = [aims(acts, site, behaviour) for behaviour in acts.behaviours]
+        shear = self._closed_form(acts, site, parts, seed)
+        if not self._of("couplings"):
+            return shear
+        return self._teach(acts, site, parts, shear, seed)
+
+    @torch.no_grad()
+    def _closed_form(self, acts: Activations, site: Site, parts: list[Aims], seed: int) -> Latent:
+        """Write along the mean gradients, read the key and the gate from what is left."""
+        k, width = len(parts), acts.widths[site]
+        r = min(self.write or min(k, 4), width - 1)
+        flow = Chain([Standardise(width), Householder(width, reflections=r)])
+        standardise, rotate = flow.parts
+        assert isinstance(standardise, Standardise) and isinstance(rotate, Householder)
+        standardise.initialise(torch.cat([part.rows for part in parts]).float())
+        spread = standardise.std.double()
+        writes = torch.stack([direction(part) for part in parts]) / spread
+        rotate.vectors.copy_(_reflections(_span(writes, parts, spread, r)))
+        exact = copy.deepcopy(flow).double()
+        step = Shear(width, r, k, self.units)
+        across = _turned(exact, writes * spread)
+        for row, (part, behaviour) in enumerate(zip(parts, acts.behaviours, strict=True)):
+            step.write[row, 0] = across[row, :r]
+            held = aims(acts, site, behaviour, "validation")
+            inner = part._replace(rows=exact(part.rows)[:, r:])
+            kept = held._replace(rows=exact(held.rows)[:, r:])
+            self._read(step, row, inner, kept, seed)
+            still = exact(acts.unmoved(site, behaviour).double())[:, r:]
+            if self.gate and part.choice and len(still) > 1:
+                weight, bias = fit_gate(
+                    inner.rows,
+                    still,
+                    kind="lda",
+                    held=kept.rows if len(kept.rows) > 1 else None,
+                    shrinkage=self.shrinkage,
+                    quantile=self.quantile,
+                    slope=self.slope,
+                    weights=part.weight,
+                )
+                step.gate[row], step.gate_bias[row] = weight, bias
+            else:
+                step.gate_bias[row] = OPEN
+        return Latent(flow, step)
+
+    def _read(self, step: Shear, row: int, own: Aims, held: Aims, seed: int) -> None:
+        """Set a behaviour's readouts: the first decides the key, the others start at nothing."""
+        draw = torch.Generator().manual_seed(seed + row)
+        edge = 1 / math.sqrt(step.read.shape[-1])
+        step.read[row, 1:] = edge * torch.randn(step.read[row, 1:].shape, generator=draw)
+        if not own.choice:
+            step.read_bias[row, 0] = OPEN
+            return
+        weight, bias = probe(own, held, seed=seed)
+        share = own.weight / own.weight.sum()
+        reads = own.rows @ weight + bias
+        sigma = (share @ (reads - share @ reads).square()).sqrt().clamp_min(1e-30)
+        step.read[row, 0] = self.kappa * weight / sigma
+        step.read_bias[row, 0] = self.kappa * bias / sigma
+
+    def _teach(
+        self, acts: Activations, site: Site, parts: list[Aims], shear: Latent, seed: int
+    ) -> Latent:
+        """Train a deeper flow to move each pair's ends onto each other and to leave the rest."""
+        k, rng = len(parts), torch.Generator().manual_seed(seed)
+        low, high, which = [], [], []
+        for row, part in enumerate(parts):
+            half = torch.zeros(len(part.rows), k)
+            half[:, row] = 0.5
+            middle = part.rows.float()
+            with torch.no_grad():
+                ends = (
+                    (shear(middle, -half), shear(middle, half))
+                    if self.denoised
+                    else (middle - part.lifts.float() / 2, middle + part.lifts.float() / 2)
+                )
+            low.append(ends[0])
+            high.append(ends[1])
+            which.append(2 * half)
+        still = [acts.unmoved(site, behaviour) for behaviour in acts.behaviours]
+        start = torch.cat([*low, *high, *still])
+        end = torch.cat([*high, *low, *still])
+        ones = torch.eye(k)
+        coef = torch.cat(
+            [*which, *(-part for part in which)]
+            + [ones[row].expand(len(part), -1) for row, part in enumerate(still)]
         )
-        per_epoch = max(math.ceil(sum(len(part) for part in data.target) / self.batch), 1)
-        schedule = _schedule(self.epochs * per_epoch, self.warmup)
-        rate = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule)
-        best, state, since = self._held_out(flow, data), _copy(flow), 0
-        for _ in range(self.epochs):
-            for _ in range(per_epoch):
-                loss = self._loss(flow, *data.batch(self.batch, rng))
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                nn.utils.clip_grad_norm_(parameters, self.clip)
-                optimiser.step()
-                rate.step()
-            if not self.patience:
-                continue
-            held_out = self._held_out(flow, data)
-            if not math.isfinite(held_out):
-                raise _diverged()
-            # A gain below 1e-4 nats per dimension is noise of the held-out rows.
-            better = held_out < best - 1e-4
-            since = 0 if better else since + 1
-            if better:
-                best, state = held_out, _copy(flow)
-            if since >= self.patience:
-                break
-        if self.patience:
-            flow.load_state_dict(state)
-        if not all(torch.isfinite(p).all() for p in parameters):
-            raise _diverged()
+        size = (end - start).square().sum(-1)
+        gap = size[size > 0].mean().clamp_min(1e-12)
+        fitted = self._started(acts, site, shear, torch.cat([*low, *high]), seed)
+        order = torch.randperm(len(start), generator=rng)
+        cut = max(round(self.holdout * len(order)), 1)
+        held, kept = order[:cut], order[cut:]
 
-    def _held_out(self, flow: Flow, data: "_Data") -> float:
-        with torch.no_grad():
-            return float(self._loss(flow, data.held_source, data.held_target))
+        def loss(index: Tensor) -> Tensor:
+            # A still row has no direction to follow: it is held from both sides instead.
+            sign = torch.where(size[index] > 0, 1.0, 2.0 * (index % 2) - 1).unsqueeze(-1)
+            h = start[index]
+            moved = fitted.displacement(h, sign * coef[index])
+            wanted = end[index] - h
+            value = self._of("transport") * (moved - wanted).square().sum(-1).mean() / gap
+            moving = size[index] > 0
+            if self._of("direction") and moving.any():
+                cosine = nn.functional.cosine_similarity(moved[moving], wanted[moving], dim=-1)
+                value = value + self._of("direction") * (1 - cosine).mean()
+            whole: Tensor = value + self._tame(fitted.flow, h)
+            return whole
 
-    def _loss(self, flow: Flow, source: list[Tensor], target: list[Tensor]) -> Tensor:
-        """The three terms, meaned over behaviours."""
-        rows = torch.cat([*source, *target])
+        def batch() -> Tensor:
+            return loss(kept[torch.randint(len(kept), (self.batch,), generator=rng)])
+
+        self._descend(fitted, batch, lambda: loss(held), len(kept))
+        return fitted
+
+    def _started(
+        self, acts: Activations, site: Site, shear: Latent, rows: Tensor, seed: int
+    ) -> Latent:
+        """The deeper map before its training: the closed form for a shear, DiffMean otherwise."""
+        width, k = acts.widths[site], len(acts.behaviours)
+        if self._shears:
+            assert isinstance(shear.step, Shear)
+            fitted = self._empty(width, k, write=shear.step.write.shape[-1], seed=seed)
+            fitted.step.load_state_dict(shear.step.state_dict())
+            assert isinstance(fitted.flow, Chain) and isinstance(shear.flow, Chain)
+            for end in (0, -1):
+                fitted.flow.parts[end].load_state_dict(shear.flow.parts[end].state_dict())
+            _freeze_gates(fitted)
+            return fitted
+        flow = self._based_flow(acts, site, seed)
+        flow.initialise(rows)
+        return _translated(acts, site, flow)
+
+    def _tame(self, flow: Flow, rows: Tensor) -> Tensor:
+        """The likelihood and log-det terms alone."""
         z, log_det = flow.forward_log_det(rows)
         d = flow.inner.width if isinstance(flow, Subspace) else flow.width
         per_dim = (log_det - flow.fixed_log_det) / d
         z_inner = z @ flow.basis if isinstance(flow, Subspace) else z
         nll = 0.5 * z_inner.square().mean() - per_dim.mean()
         tame = per_dim.mean().square() + per_dim.var(correction=0)
+        value: Tensor = self._of("likelihood") * nll + self._of("log_det") * tame
+        return value
+
+    def _descend(
+        self,
+        module: nn.Module,
+        loss: Callable[[], Tensor],
+        held: Callable[[], Tensor],
+        rows: int,
+    ) -> None:
+        """AdamW with warm-up and cosine decay; early stopping keeps the best held-out state."""
+        parameters = trainable(module)
+        optimiser = torch.optim.AdamW(
+            parameters, lr=self.learning_rate, weight_decay=self.weight_decay
+        )
+        per_epoch = max(math.ceil(rows / self.batch), 1)
+        schedule = _schedule(self.epochs * per_epoch, self.warmup)
+        rate = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule)
+
+        def held_out() -> float:
+            with torch.no_grad():
+                return float(held())
+
+        best, state, since = held_out(), _copy(module), 0
+        for _ in range(self.epochs):
+            for _ in range(per_epoch):
+                value = loss()
+                optimiser.zero_grad(set_to_none=True)
+                value.backward()  # type: ignore[no-untyped-call]
+                nn.utils.clip_grad_norm_(parameters, self.clip)
+                optimiser.step()
+                rate.step()
+            if not self.patience:
+                continue
+            now = held_out()
+            if not math.isfinite(now):
+                raise _diverged()
+            # A gain below 1e-4 nats per dimension is noise of the held-out rows.
+            better = now < best - 1e-4
+            since = 0 if better else since + 1
+            if better:
+                best, state = now, _copy(module)
+            if since >= self.patience:
+                break
+        if self.patience:
+            module.load_state_dict(state)
+        if not all(torch.isfinite(p).all() for p in parameters):
+            raise _diverged()
+
+    def _loss(self, flow: Flow, source: list[Tensor], target: list[Tensor]) -> Tensor:
+        """The paper's three terms, meaned over behaviours."""
+        rows = torch.cat([*source, *target])
+        z = flow(rows)
+        z_inner = z @ flow.basis if isinstance(flow, Subspace) else z
         split = torch.split(z_inner, [len(part) for part in (*source, *target)])
         apart = torch.stack(
             [self._apart(split[i], split[i + len(source)]) for i in range(len(source))]
         ).mean()
-        return self.likelihood * nll + self.separation * apart + self.log_det * tame
+        value: Tensor = self._tame(flow, rows) + self._of("separation") * apart
+        return value
 
     def _apart(self, source: Tensor, target: Tensor) -> Tensor:
         """The separation term of one behaviour; lower is further apart."""
@@ -317,7 +614,7 @@ class INNSteer(Steerer):
     ) -> dict[str, float]:
         """The figures of one behaviour at one site."""
         part = fitted[site]
-        assert isinstance(part, LatentShift)
+        assert isinstance(part, Latent)
         with torch.no_grad():
             source, target = acts.sides(site, acts.behaviours[row])
             rows = torch.cat([source, target])
@@ -325,8 +622,9 @@ class INNSteer(Steerer):
             spread = rows.std(0).clamp_min(1e-6)
             pair_source, pair_target = acts.pairs(site, acts.behaviours[row])
             steps = part.flow(pair_target) - part.flow(pair_source)
-            cosine = nn.functional.cosine_similarity(steps, part.shifts[row : row + 1], dim=-1)
-            ones = torch.zeros(len(source), len(part.shifts))
+            along = getattr(part.step, "shifts", torch.zeros(0))[row : row + 1]
+            cosine = nn.functional.cosine_similarity(steps, along, dim=-1) if len(along) else along
+            ones = torch.zeros(len(source), len(acts.behaviours))
             ones[:, row] = 1.0
             moved = (part(source, ones) - source).norm(dim=-1) / source.norm(dim=-1)
             back = part.flow.inverse(part.flow(rows))
@@ -344,129 +642,12 @@ class INNSteer(Steerer):
         return figures | ({"consistency": float(cosine.mean())} if len(cosine) else {})
 
 
-class _Data(NamedTuple):
-    """Training and held-out rows of one site, one tensor per behaviour and side.
-
-    ``weights`` are those of the training rows: of every ``source``, then of every ``target``.
-    """
-
-    source: list[Tensor]
-    target: list[Tensor]
-    weights: list[Tensor]
-    held_source: list[Tensor]
-    held_target: list[Tensor]
-
-    def batch(self, size: int, rng: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-        """``size`` random rows of each side of each behaviour, drawn by weight."""
-
-        def draw(part: Tensor, weight: Tensor) -> Tensor:
-            count = min(size, len(part))
-            if (weight == weight[0]).all():
-                return part[torch.randint(len(part), (count,), generator=rng)]
-            return part[torch.multinomial(weight, count, replacement=True, generator=rng)]
-
-        k = len(self.source)
-        return (
-            list(map(draw, self.source, self.weights[:k])),
-            list(map(draw, self.target, self.weights[k:])),
-        )
-
-
-def _spread(rows: Tensor, weight: Tensor) -> Tensor:
-    """As many rows, each about as often as its weight says; equal weights change nothing."""
-    ends = weight.cumsum(0) / weight.sum()
-    middles = (torch.arange(len(rows), dtype=torch.float64) + 0.5) / len(rows)
-    return rows[torch.searchsorted(ends, middles)]
-
-
-def _split(acts: Activations, site: Site, holdout: float, seed: int) -> _Data:
-    """Training rows and held-out rows: the validation part, else whole items of the training part.
-
-    Items, not rows, are held out: two tokens of one answer are no independent evidence.
-    """
-    train, held = acts.where(split="train"), acts.where(split="validation")
-    if len(train) == 0:
-        raise InputError("no training rows", expected="rows with split 'train'")
-    if len(held) == 0:
-        kept_out = _drawn(train, holdout, seed)
-        held = train.where(item=sorted(kept_out))
-        train = train.where(item=sorted(set(train.rows.item.tolist()) - kept_out))
-    sources, targets = zip(*(train.sides(site, name) for name in acts.behaviours), strict=True)
-    weight = list(zip(*(weights(train, name) for name in acts.behaviours), strict=True))
-    held_rows = [
-        list(map(_spread, held.sides(site, name), weights(held, name))) for name in acts.behaviours
-    ]
-    return _Data(
-        list(sources),
-        list(targets),
-        [*weight[0], *weight[1]],
-        [source for source, _ in held_rows],
-        [target for _, target in held_rows],
-    )
-
-
-def _drawn(acts: Activations, share: float, seed: int) -> set[str]:
-    """Items to hold out: a share, one at least, of each kind, so that no side is bare."""
-    rows, rng = acts.rows, torch.Generator().manual_seed(seed)
-    parts: dict[str, set[tuple[str, str]]] = {}
-    for item, behaviour, side in zip(rows.item, rows.behaviour, rows.side, strict=True):
-        parts.setdefault(str(item), set()).add((str(behaviour), str(side)))
-    drawn: set[str] = set()
-    for kind in sorted({tuple(sorted(part)) for part in parts.values()}):
-        items = sorted(item for item, part in parts.items() if tuple(sorted(part)) == kind)
-        order = torch.randperm(len(items), generator=rng).tolist()
-        drawn |= {items[i] for i in order[: max(1, round(share * len(items)))]}
-    return drawn
-
-
 def _diverged() -> InputError:
     return InputError(
         "INNSteer's training diverged",
         expected="a finite loss and finite weights",
         remedy="lower learning_rate or separation, or raise log_det",
     )
-
-
-def _basis(acts: Activations, site: Site, rank: int) -> Tensor:
-    """Orthonormal ``[d, rank]``: mean differences, pair differences' PCs, then all rows' PCs.
-
-    The write direction of a behaviour is seldom among the top PCs of the rows, so the differences
-    come first.
-    """
-    train = acts.where(split="train")
-    directions = []
-    for name in acts.behaviours:
-        source, target = side_means(train, site, name)
-        directions.append((target - source).unsqueeze(0))
-        pair_source, pair_target = (part.double() for part in train.pairs(site, name))
-        if len(pair_source) > 1:
-            directions.append(_main_directions(pair_target - pair_source)[: max(rank // 8, 1)])
-    rows = train.values[site].double()
-    stacked = torch.cat([*directions, _main_directions(rows - rows.mean(0))])
-    stacked = stacked / stacked.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-    basis: list[Tensor] = []
-    for direction in stacked:
-        for known in basis:
-            direction = direction - (direction @ known) * known
-        # Below this the direction is in the span already, up to the rounding of float32 rows.
-        if direction.norm() > 1e-4:
-            direction = direction / direction.norm()
-            for known in basis:
-                direction = direction - (direction @ known) * known
-            basis.append(direction / direction.norm())
-        if len(basis) == rank:
-            break
-    return torch.stack(basis, dim=1).float()
-
-
-def _main_directions(rows: Tensor) -> Tensor:
-    """Right singular vectors, main one first, without those along which the rows do not spread.
-
-    Standardising such a one would blow a new row's coordinate up by the inverse of round-off.
-    """
-    _, spread, components = torch.linalg.svd(rows, full_matrices=False)
-    main: Tensor = components[spread > 1e-6 * spread[0]]
-    return main
 
 
 def _fisher(source: Tensor, target: Tensor) -> Tensor:
@@ -488,5 +669,44 @@ def _schedule(steps: int, warmup: float) -> Callable[[int], float]:
     return factor
 
 
-def _copy(flow: Flow) -> dict[str, Tensor]:
+def _translated(acts: Activations, site: Site, flow: Flow) -> Latent:
+    """A flow with the shift of every behaviour: the difference of its sides' latent means."""
+    step, train = Translation(acts.widths[site], len(acts.behaviours)), acts.where(split="train")
+    with torch.no_grad():
+        for row, behaviour in enumerate(acts.behaviours):
+            source, target = side_means(train, site, behaviour, through=flow)
+            step.shifts[row] = target - source
+    return Latent(flow, step)
+
+
+def _freeze_gates(part: nn.Module) -> None:
+    """Training leaves gates alone: free ones unlearn the kinds of text they were not shown."""
+    if isinstance(part, Latent) and isinstance(part.step, Shear):
+        part.step.gate.requires_grad_(False)
+        part.step.gate_bias.requires_grad_(False)
+
+
+def _turned(flow: Flow, moves: Tensor) -> Tensor:
+    """Displacements of rows in an affine flow's latent coordinates."""
+    there, origin = flow.forward(torch.cat([moves, torch.zeros_like(moves)])).chunk(2)
+    return there - origin
+
+
+def _span(writes: Tensor, parts: list[Aims], spread: Tensor, rank: int) -> Tensor:
+    """Orthonormal ``[d, rank]``: the write directions first, then where single gradients lead."""
+    lifts = torch.cat([part.lifts * part.keys.unsqueeze(-1) for part in parts]) / spread
+    first = nn.functional.normalize(writes, dim=-1) * math.sqrt(len(lifts)) * 10
+    stacked = torch.cat([first, nn.functional.normalize(lifts, dim=-1)])
+    found: Tensor = torch.linalg.svd(stacked, full_matrices=False).Vh[:rank].mT
+    return found
+
+
+def _reflections(basis: Tensor) -> Tensor:
+    """Householder vectors ``[r, d]`` whose product has the basis as its first r columns."""
+    packed, _ = torch.geqrf(basis)
+    vectors = packed.tril(-1) + torch.eye(*basis.shape, dtype=basis.dtype)
+    return vectors.mT.contiguous()
+
+
+def _copy(flow: nn.Module) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in flow.state_dict().items()}

@@ -1,0 +1,258 @@
+"""One trainer for every method: through the model, or on rows; the loss is a function."""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from innsteer.activations import Activations
+from innsteer.errors import InputError
+from innsteer.interventions import trainable
+from innsteer.readouts import aims
+from innsteer.site import Site
+from innsteer.steerer import Intervention, Interventions, Runner
+
+Loss = Callable[[Runner, Interventions, Sequence[int]], Tensor]
+"""Mean loss of some items, differentiable."""
+
+
+def said(run: Runner, maps: Interventions, items: Sequence[int]) -> Tensor:
+    """Mean of -log P(target) at strength 1 and -log P(source) at -1, nats.
+
+    Each against everything that could be said, not against the other answer: a pair's odds may be
+    right while neither answer is ever said.
+    """
+    both = run.answers(maps, [*items, *items], [1.0] * len(items) + [-1.0] * len(items))
+    return -0.5 * (both.target[: len(items)].mean() + both.source[len(items) :].mean())
+
+
+def odds(run: Runner, maps: Interventions, items: Sequence[int]) -> Tensor:
+    """Mean of -log of the steered-for answer's share of both, at strengths 1 and -1, nats."""
+    both = run.answers(maps, [*items, *items], [1.0] * len(items) + [-1.0] * len(items))
+    margin = both.target - both.source
+    towards, away = margin[: len(items)], margin[len(items) :]
+    return nn.functional.softplus(torch.cat([-towards, away])).mean()
+
+
+def target(run: Runner, maps: Interventions, items: Sequence[int]) -> Tensor:
+    """Mean of -log P(target) at strength 1, nats: the loss of ReFT and of language modelling."""
+    return -run.answers(maps, items, [1.0] * len(items)).target.mean()
+
+
+LOSSES: dict[str, Loss] = {"said": said, "odds": odds, "target": target}
+
+
+@dataclass
+class Course:
+    """What a training did: validation losses by step, the step that was kept, and what it took."""
+
+    steps: list[int] = field(default_factory=list)
+    held_out: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    kept: int = 0
+    gradients: int = 0
+
+
+def train_through(
+    run: Runner,
+    maps: Interventions,
+    *,
+    loss: Loss = said,
+    steps: int = 150,
+    batch: int = 32,
+    learning_rate: float = 1e-2,
+    weight_decay: float = 0.0,
+    unmoved: float = 1.0,
+    unmoved_batch: int = 8,
+    every: int = 15,
+    patience: int = 3,
+    clip: float = 1.0,
+    seed: int = 0,
+) -> Course:
+    """AdamW on a map's parameters through the frozen model, both signs, in place.
+
+    Each step adds ``unmoved`` times the mean KL(base || steered) of some unmoved sequences, each at
+    strength 1 or -1. Every ``every`` steps the same loss is taken on the validation items and on
+    the unmoved sequences set aside (a fifth of them); the best state is kept, the start included.
+
+    Args:
+        loss: of items at both strengths.
+        batch, unmoved_batch: items and unmoved sequences per step.
+        learning_rate: cosine decay to 0. weight_decay: of AdamW. clip: of the gradient's norm.
+        every, patience: validate so often, stop after so many validations without a better one;
+            patience 0 = run all steps and keep the best.
+
+    Raises:
+        InputError: nothing to train, or a loss that is not finite.
+    """
+    parameters = trainable(maps)
+    if not parameters:
+        raise InputError("a map without parameters to train", expected="requires_grad somewhere")
+    draw = torch.Generator().manual_seed(seed)
+    items, held = run.items("train"), run.items("validation")
+    still = torch.randperm(len(run.unmoved), generator=draw).tolist()
+    aside, shown = still[: len(still) // 5], still[len(still) // 5 :]
+    k = len(run.behaviours)
+
+    def moved(places: Sequence[int]) -> Tensor:
+        """Mean KL of unmoved sequences, each at strength 1 or -1 of a random behaviour."""
+        column = torch.randint(k, (len(places),), generator=draw)
+        sign = 2.0 * torch.randint(2, (len(places), 1), generator=draw) - 1
+        coef = sign * nn.functional.one_hot(column, k)
+        return run.divergence(maps, places, coef).mean()
+
+    def whole(chosen: Sequence[int], places: Sequence[int]) -> Tensor:
+        value = loss(run, maps, chosen)
+        return value + unmoved * moved(places) if unmoved and places else value
+
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
+    course, best, since, started = Course(), math.inf, 0, time.perf_counter()
+    state = {name: value.clone() for name, value in maps.state_dict().items()}
+    queue: list[int] = []
+    for step in range(steps + 1):
+        if step % every == 0 or step == steps:
+            with torch.no_grad():
+                value = float(whole(held or items, aside))
+            if not math.isfinite(value):
+                raise InputError(
+                    f"a loss of {value} after {step} steps",
+                    expected="a finite one",
+                    remedy="lower the learning rate",
+                )
+            course.steps.append(step)
+            course.held_out.append(value)
+            course.seconds.append(time.perf_counter() - started)
+            since = 0 if value < best else since + 1
+            if value < best:
+                best, course.kept = value, step
+                state = {name: tensor.clone() for name, tensor in maps.state_dict().items()}
+            if patience and since >= patience:
+                break
+        if step == steps:
+            break
+        while len(queue) < min(batch, len(items)):
+            queue += [items[n] for n in torch.randperm(len(items), generator=draw).tolist()]
+        chosen, queue = queue[:batch], queue[batch:]
+        few = torch.randperm(len(shown), generator=draw)[:unmoved_batch].tolist()
+        optimiser.zero_grad(set_to_none=True)
+        whole(chosen, [shown[n] for n in few]).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(parameters, clip)
+        optimiser.step()
+        rate.step()
+        course.gradients += len(chosen)
+    maps.load_state_dict(state)
+    return course
+
+
+def best_scale(
+    run: Runner,
+    maps: Interventions,
+    scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
+    *,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+) -> float:
+    """The strength of a grid with the best validation loss: a line search along the map's path."""
+    held = run.items("validation") or run.items("train")
+    found = {}
+    with torch.no_grad():
+        for scale in scales:
+            both = run.answers(maps, [*held, *held], [scale] * len(held) + [-scale] * len(held))
+            right = torch.cat([both.target[: len(held)], both.source[len(held) :]])
+            found[scale] = float(-right.mean())
+    return min(found, key=lambda scale: found[scale])
+
+
+class Lessons(NamedTuple):
+    """What a map shall do to rows: from ``start`` to ``end`` under ``coef``; still rows stay.
+
+    ``weight`` is each row's, with mean 1.
+    """
+
+    start: Tensor
+    end: Tensor
+    coef: Tensor
+    weight: Tensor
+
+
+def lessons(acts: Activations, site: Site) -> Lessons:
+    """The training pairs of every behaviour, there at strength 1 and back at -1, and unmoved rows.
+
+    Raises:
+        InputError: a behaviour without pairs.
+    """
+    k = len(acts.behaviours)
+    parts = []
+    for column, behaviour in enumerate(acts.behaviours):
+        own = aims(acts.where(split="train"), site, behaviour)
+        low, high = (own.rows - own.lifts / 2).float(), (own.rows + own.lifts / 2).float()
+        still = acts.where(split="train").unmoved(site, behaviour)
+        one = torch.zeros(1, k)
+        one[0, column] = 1.0
+        weight = own.weight.float()
+        parts += [
+            Lessons(low, high, one.expand(len(low), -1), weight),
+            Lessons(high, low, -one.expand(len(low), -1), weight),
+            Lessons(still, still, one.expand(len(still), -1), torch.ones(len(still))),
+        ]
+    found = Lessons(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return found._replace(weight=found.weight / found.weight.mean())
+
+
+def teach(
+    part: Intervention,
+    given: Lessons,
+    *,
+    epochs: int = 100,
+    batch: int = 64,
+    learning_rate: float = 3e-3,
+    weight_decay: float = 1e-4,
+    holdout: float = 0.15,
+    patience: int = 15,
+    seed: int = 0,
+) -> None:
+    """AdamW on a map's parameters in place: least |h' - end|^2 over the mean |end - start|^2.
+
+    A share of the rows is held out; the epoch that is best on it is kept.
+
+    Raises:
+        InputError: the loss is not finite.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    gap = (given.end - given.start).square().sum(-1)
+    scale = gap[gap > 0].mean() if (gap > 0).any() else torch.ones(())
+    order = torch.randperm(len(gap), generator=draw)
+    cut = max(round(holdout * len(order)), 1)
+    held, kept = order[:cut], order[cut:]
+    parameters = trainable(part)
+
+    def loss(index: Tensor) -> Tensor:
+        h = given.start[index]
+        left = part.displacement(h, given.coef[index]) - (given.end[index] - h)
+        return (given.weight[index] * left.square().sum(-1)).mean() / scale
+
+    optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
+    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)
+    best, since = math.inf, 0
+    state = {name: value.clone() for name, value in part.state_dict().items()}
+    for _ in range(epochs):
+        for index in torch.split(kept[torch.randperm(len(kept), generator=draw)], batch):
+            optimiser.zero_grad(set_to_none=True)
+            loss(index).backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+        rate.step()
+        with torch.no_grad():
+            value = float(loss(held))
+        if not math.isfinite(value):
+            raise InputError(f"a loss of {value}", remedy="lower the learning rate")
+        since = 0 if value < best else since + 1
+        if value < best:
+            best = value
+            state = {name: tensor.clone() for name, tensor in part.state_dict().items()}
+        if since >= patience:
+            break
+    part.load_state_dict(state)
