@@ -54,7 +54,8 @@ def aims(acts: Activations, site: Site, behaviour: str, split: str = "train") ->
     index = [[side[pair] for pair in order] for side in (source, target)]
     low, high = (acts.values[site][part].double() for part in index)
     names = table.key[index[0]] if order else np.empty(0, dtype=np.str_)
-    kinds = sorted(set(names.tolist()) - {""})
+    # Of all parts: a part with one kind of answer must not call it the other one's sign.
+    kinds = sorted(set(table.key[table.behaviour == behaviour].tolist()) - {""})
     if len(kinds) > 2:
         raise InputError(
             f"behaviour {behaviour!r} has answers of {len(kinds)} kinds: {', '.join(kinds)}",
@@ -106,8 +107,9 @@ def probe(
             expected="items of both answers",
             remedy="give items of either answer, half of each",
         )
-    rows = part.rows
-    mean, spread = rows.mean(0), rows.std(0, correction=0).clamp_min(1e-6)
+    rows, share = part.rows, part.weight / part.weight.sum()
+    mean = share @ rows
+    spread = (share @ (rows - mean).square()).sqrt().clamp_min(1e-6)
     x, y, weight = ((rows - mean) / spread).numpy(), part.keys.numpy(), part.weight.numpy()
     kept = None
     if held is not None and len(held.rows):

@@ -130,9 +130,12 @@ class Runner(Protocol):
         ...
 
     def answers(
-        self, interventions: Interventions | None, items: Sequence[int], coef: Sequence[float]
+        self,
+        interventions: Interventions | None,
+        items: Sequence[int],
+        coef: Sequence[float] | Tensor,
     ) -> Answers:
-        """Log-probabilities of both answers of items at a strength each, differentiable."""
+        """Log-probabilities of both answers of items at a strength (or a row) each."""
         ...
 
     def divergence(

@@ -89,25 +89,23 @@ def train_through(
     Raises:
         InputError: nothing to train, or a loss that is not finite.
     """
-    parameters = trainable(maps)
-    if not parameters:
-        raise InputError("a map without parameters to train", expected="requires_grad somewhere")
+    parameters = _trained(maps)
     draw = torch.Generator().manual_seed(seed)
     items, held = run.items("train"), run.items("validation")
     still = torch.randperm(len(run.unmoved), generator=draw).tolist()
     aside, shown = still[: len(still) // 5], still[len(still) // 5 :]
     k = len(run.behaviours)
 
-    def moved(places: Sequence[int]) -> Tensor:
+    def moved(places: Sequence[int], dice: torch.Generator) -> Tensor:
         """Mean KL of unmoved sequences, each at strength 1 or -1 of a random behaviour."""
-        column = torch.randint(k, (len(places),), generator=draw)
-        sign = 2.0 * torch.randint(2, (len(places), 1), generator=draw) - 1
+        column = torch.randint(k, (len(places),), generator=dice)
+        sign = 2.0 * torch.randint(2, (len(places), 1), generator=dice) - 1
         coef = sign * nn.functional.one_hot(column, k)
         return run.divergence(maps, places, coef).mean()
 
-    def whole(chosen: Sequence[int], places: Sequence[int]) -> Tensor:
+    def whole(chosen: Sequence[int], places: Sequence[int], dice: torch.Generator) -> Tensor:
         value = loss(run, maps, chosen)
-        return value + unmoved * moved(places) if unmoved and places else value
+        return value + unmoved * moved(places, dice) if unmoved and places else value
 
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
@@ -117,7 +115,8 @@ def train_through(
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
             with torch.no_grad():
-                value = float(whole(held or items, aside))
+                # The same signs every time: a lucky draw must not look like a better state.
+                value = float(whole(held or items, aside, torch.Generator().manual_seed(seed)))
             if not math.isfinite(value):
                 raise InputError(
                     f"a loss of {value} after {step} steps",
@@ -140,7 +139,8 @@ def train_through(
         chosen, queue = queue[:batch], queue[batch:]
         few = torch.randperm(len(shown), generator=draw)[:unmoved_batch].tolist()
         optimiser.zero_grad(set_to_none=True)
-        whole(chosen, [shown[n] for n in few]).backward()  # type: ignore[no-untyped-call]
+        asked = whole(chosen, [shown[n] for n in few], draw)
+        asked.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, clip)
         optimiser.step()
         rate.step()
@@ -153,8 +153,6 @@ def best_scale(
     run: Runner,
     maps: Interventions,
     scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
-    *,
-    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> float:
     """The strength of a grid with the best validation loss: a line search along the map's path."""
     held = run.items("validation") or run.items("train")
@@ -165,6 +163,14 @@ def best_scale(
             right = torch.cat([both.target[: len(held)], both.source[len(held) :]])
             found[scale] = float(-right.mean())
     return min(found, key=lambda scale: found[scale])
+
+
+def _trained(module: nn.Module) -> list[nn.Parameter]:
+    """The parameters that a fit moves, at least one."""
+    parameters = trainable(module)
+    if not parameters:
+        raise InputError("a map without parameters to train", expected="requires_grad somewhere")
+    return parameters
 
 
 class Lessons(NamedTuple):
@@ -220,7 +226,7 @@ def teach(
     A share of the rows is held out; the epoch that is best on it is kept.
 
     Raises:
-        InputError: the loss is not finite.
+        InputError: nothing to train, or a loss that is not finite.
     """
     draw = torch.Generator().manual_seed(seed)
     gap = (given.end - given.start).square().sum(-1)
@@ -228,7 +234,7 @@ def teach(
     order = torch.randperm(len(gap), generator=draw)
     cut = max(round(holdout * len(order)), 1)
     held, kept = order[:cut], order[cut:]
-    parameters = trainable(part)
+    parameters = _trained(part)
 
     def loss(index: Tensor) -> Tensor:
         h = given.start[index]

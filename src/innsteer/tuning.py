@@ -14,6 +14,7 @@ import torch
 from innsteer.activations import Activations, Read
 from innsteer.backends.base import Completion, Kind, Progress, Prompt, Sampling, silent
 from innsteer.backends.hf import HF, Meter
+from innsteer.backends.through import Through
 from innsteer.calibration import BUDGET, Calibration, Dose
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError, LeakError, MismatchError
@@ -22,9 +23,9 @@ from innsteer.fingerprint import Fingerprint
 from innsteer.metrics import get as metric
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span, Where
-from innsteer.steerer import Steerer, get
+from innsteer.steerer import Interventions, Steerer, get
 from innsteer.steering import Steering
-from innsteer.suites.behaviour import in_format, neutral
+from innsteer.suites import behaviour as suites
 
 STAGES = 8
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.5)
@@ -96,10 +97,94 @@ def fit(
         UnknownName: no such method or field.
     """
     steerer = get(method, **fields) if isinstance(method, str) else method
+    if steerer.through:
+        if read is not None or span != (0, None):
+            raise InputError(
+                f"a read rule for {steerer.name!r}, which is fitted through the model",
+                expected="none: its rows are those of the steered tokens",
+            )
+        run = through(model, contrast, sites, progress=progress)
+        return fit_run(
+            model, steerer, run, contrast, folder=folder, where=where, seed=seed, progress=progress
+        )
     acts = record_parts(
         model, contrast, sites, read=read, span=span, folder=folder, progress=progress
     )
     return fit_rows(model, steerer, acts, where=where, seed=seed, progress=progress)
+
+
+def through(
+    model: LanguageModel | HF,
+    contrast: Contrast,
+    sites: Sequence[Site] = (),
+    *,
+    unmoved: Sequence[Prompt] | None = None,
+    progress: Progress = silent,
+) -> Through:
+    """The model as a fit through it sees it: training and validation items, and what must not move.
+
+    Args:
+        sites: default: one site two thirds up.
+        unmoved: bare prompts whose answer an edit shall not change; default: for Yes/No questions
+            the package's unrelated statements in the contrast's own wording (their fitting part,
+            of which neither tuning nor evaluation sees a kind), for others none. Beside them stand
+            some of these statements as plain prompts, with the model's own answers.
+    """
+    backend = model if isinstance(model, HF) else HF(model)
+    items = tuple(item for item in contrast.items if item.split in ("train", "validation"))
+    if not any(item.split == "train" for item in items):
+        raise InputError(
+            f"contrast {contrast.behaviour!r} has no training items", expected="at least two"
+        )
+    bare = _unrelated(contrast) if unmoved is None else tuple(unmoved)
+    plain = suites.unmoved("fit", "{statement}")[::4]
+    references = [
+        *([backend.reference(bare, None)] if bare else []),
+        backend.reference(plain, Sampling(12, 1.0), progress=progress),
+    ]
+    where = sites or (default_site(backend.model),)
+    return Through(backend, [replace(contrast, items=items)], where, references, progress=progress)
+
+
+def _unrelated(contrast: Contrast) -> tuple[Prompt, ...]:
+    """Unrelated statements in a Yes/No contrast's own wording; () for other contrasts."""
+    yes_no = {item.key for item in contrast.items} <= {"Yes", "No"}
+    return suites.in_format(contrast, "fit") if yes_no and not contrast.builtin else ()
+
+
+def fit_run(
+    model: LanguageModel,
+    steerer: Steerer,
+    run: Through,
+    contrast: Contrast,
+    *,
+    folder: str | Path | None = None,
+    where: Where = Where(),  # noqa: B008
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Steering:
+    """Fit through the model, with provenance; ``folder`` keeps the target-seeking rows.
+
+    Raises:
+        InputError: another scope than ``generated``: kept prefixes end at the last prompt token.
+    """
+    if where != Where():
+        raise InputError(
+            f"scope {where} for {steerer.name!r}, which is fitted through the model",
+            expected="scope generated",
+        )
+    progress("fit", 0, 1)
+    started = time.perf_counter()
+    fitted = steerer.fit_through(run, seed=seed)
+    seconds = time.perf_counter() - started
+    progress("fit", 1, 1)
+    groups = {_digest(item.group) for item in contrast.items if item.split == "train"}
+    origin = dict(zip(ORIGIN, (contrast.hash, sorted(groups)), strict=True))
+    acts = run.rows()
+    acts = replace(acts, provenance={**acts.provenance, **origin})
+    if folder is not None:
+        acts.save(folder)
+    return _fitted(model, steerer, fitted, acts, where, seed, seconds)
 
 
 def fit_rows(
@@ -128,6 +213,19 @@ def fit_rows(
     fitted = steerer.fit(acts, seed=seed)
     seconds = time.perf_counter() - started
     progress("fit", 1, 1)
+    return _fitted(model, steerer, fitted, acts, where, seed, seconds)
+
+
+def _fitted(
+    model: LanguageModel,
+    steerer: Steerer,
+    fitted: Interventions,
+    acts: Activations,
+    where: Where,
+    seed: int,
+    seconds: float,
+) -> Steering:
+    """The steering of a fit on these rows."""
     provenance = {
         "recording": acts.hash,
         "contrast": acts.provenance.get("contrast"),
@@ -300,7 +398,7 @@ def tune(
     backend = model if isinstance(model, HF) else HF(model)
     sites = list(steering.interventions)
     behaviour = steering.behaviours[0]
-    prompts = neutral("validation")
+    prompts = suites.neutral("validation")
     if preview:
         prompts = prompts[: max(search_tokens // 16, 8)]
     sampling = Sampling(24, 1.0, seed)
@@ -332,11 +430,11 @@ def tune(
 
 def _in_format(backend: HF, contrast: Contrast, sites: Sequence[Site]) -> Meter:
     """The in-format half of the cost, on validation prompts."""
-    prompts = in_format(contrast, "validation")
+    prompts = suites.in_format(contrast, "validation")
     if not prompts:
         raise InputError(
             f"joint tuning of {contrast.behaviour!r}, which has no in-format prompts",
-            expected="a built-in behaviour",
+            expected="a built-in behaviour, or Yes/No questions about a statement",
             remedy="tune on the neutral cost alone",
         )
     return backend.meter(backend.reference(prompts, None), sites)
@@ -447,13 +545,18 @@ def choose_layer(
         raise InputError("no site to choose from", expected="at least one")
     steerer = get(method, **fields) if isinstance(method, str) else method
     sites = sorted(set(sites))
-    rows = record_parts(model, contrast, sites, read=read, span=span, progress=progress)
     backend = HF(model)
+    how: dict[str, Any] = {"where": where, "seed": seed, "progress": progress}
+    if not steerer.through:
+        rows = record_parts(model, contrast, sites, read=read, span=span, progress=progress)
     tried: dict[str, Steering] = {}
     table: dict[str, float | None] = {}
     failed: dict[str, str] = {}
     for site in sites:
-        fitted = fit_rows(model, steerer, rows.at(site), where=where, seed=seed, progress=progress)
+        if steerer.through:
+            fitted = fit(model, contrast, steerer, sites=[site], read=read, span=span, **how)
+        else:
+            fitted = fit_rows(model, steerer, rows.at(site), **how)
         try:
             tuned = tune(
                 backend,

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import nn
 
+import tiny
+import words
 from innsteer.activations import Activations, Rows
+from innsteer.backends.base import Prompt
+from innsteer.backends.hf import HF
+from innsteer.backends.through import Through
+from innsteer.batches import split_rows, spread_rows
 from innsteer.errors import InputError, UnknownName
 from innsteer.flows import (
     LU,
@@ -21,10 +27,14 @@ from innsteer.flows import (
     Subspace,
     Translation,
 )
+from innsteer.interventions import Latent
+from innsteer.readouts import aims
 from innsteer.site import Site
+from innsteer.steerer import Interventions
 from innsteer.steerers.diffmean import DiffMean
-from innsteer.steerers.innsteer import Form, INNSteer, Latent, split_rows, spread_rows
+from innsteer.steerers.innsteer import Form, INNSteer
 from innsteer.steering import Steering
+from innsteer.training import said, train_through
 
 ALPHAS = (-2.0, -0.5, 0.25, 1.0, 3.0)
 
@@ -121,7 +131,7 @@ def test_the_coupling_made_by_hand_gives_the_sheets_numbers():
     torch.testing.assert_close(z, z.new_tensor([[0.5, 1.8374]]), rtol=0, atol=5e-5)
     torch.testing.assert_close(log_det, z.new_tensor([0.4621]), rtol=0, atol=5e-5)
 
-    part = Latent(coupling).double()
+    part = Latent(coupling, Translation(2)).double().requires_grad_(False)
     part.step.shifts[0] = z.new_tensor([1.0, 0.0])
     whole = part(x, column(1.0, 1).double())
     torch.testing.assert_close(whole, z.new_tensor([[1.5, -0.1669]]), rtol=0, atol=5e-5)
@@ -231,11 +241,14 @@ def scripted(monkeypatch, losses):
     """Held-out losses from a script; returns the states that were judged."""
     states, script = [], iter(losses)
 
-    def held_out(self, flow, data):
-        states.append({name: value.clone() for name, value in flow.state_dict().items()})
-        return next(script, losses[-1])
+    def descend(self, module, loss, held, rows, before=INNSteer._descend):
+        def judged():
+            states.append({name: value.clone() for name, value in module.state_dict().items()})
+            return torch.tensor(next(script, losses[-1]))
 
-    monkeypatch.setattr(INNSteer, "_held_out", held_out)
+        before(self, module, loss, judged, rows)
+
+    monkeypatch.setattr(INNSteer, "_descend", descend)
     return states
 
 
@@ -309,7 +322,9 @@ def test_validation_rows_choose_the_state_and_do_not_move_the_shift():
     train, other = bent(30), bent(30, seed=8)
     acts = beside(train, other, "validation")
     part = INNSteer(hidden=4, epochs=3).fit(acts)[train.site]
-    torch.testing.assert_close(part.step.shifts[0], latent_means(part.flow, train), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        part.step.shifts[0], latent_means(part.flow, train), rtol=0, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("patience", [0, 10])
@@ -422,7 +437,10 @@ def test_behaviours_share_one_flow_and_their_shifts_add_in_it():
         torch.testing.assert_close(alone, part(h, coef)[i : i + 1], rtol=0, atol=1e-5)
     source, target = acts.sides(acts.site, "b1")
     torch.testing.assert_close(
-        part.step.shifts[1], part.flow(target).mean(0) - part.flow(source).mean(0), rtol=0, atol=1e-5
+        part.step.shifts[1],
+        part.flow(target).mean(0) - part.flow(source).mean(0),
+        rtol=0,
+        atol=1e-5,
     )
 
 
@@ -470,7 +488,7 @@ def test_diagnose_takes_the_worst_behaviour():
     fitted = method.fit(acts)
     part = fitted[acts.site]
     with torch.no_grad():
-        part.step.shifts[1] = -2 * part.shifts[1]
+        part.step.shifts[1] = -2 * part.step.shifts[1]
     figures = method.diagnose(acts, fitted)
     assert figures["consistency"] < 0  # that of the second, whose shift was turned
     source = acts.sides(acts.site, "b1")[0]
@@ -545,3 +563,437 @@ def test_diagnose_takes_the_worst_site_and_unpaired_rows():
     assert figures["round_trip"] == max(part["round_trip"] for part in each)
     assert each[0]["round_trip"] != each[1]["round_trip"]
     assert figures["consistency"] == 0.0
+
+
+# --- what aims at the target ---------------------------------------------------------------------
+
+WIDE = 10
+AIM = {"objective": "target"}
+
+
+def lines(k: int, seed: int = 40) -> torch.Tensor:
+    """Orthonormal lines ``[2 + 2 k, d]``: of the two kinds of row, then per behaviour of its key
+    and of its lifts."""
+    return torch.linalg.qr(torch.randn(WIDE, 2 + 2 * k, generator=draws(seed)))[0].mT
+
+
+def seeking(
+    n: int = 60,
+    k: int = 1,
+    *,
+    seed: int = 0,
+    keyed: bool = True,
+    still: int = 60,
+    split: str = "train",
+    keys: tuple[str, ...] = ("Yes", "No"),
+) -> Activations:
+    """Rows whose key can be read, moved both ways along key * g + noise, and rows elsewhere."""
+    draw, spread, records, parts = draws(seed), torch.linspace(0.5, 3, WIDE), [], []
+    statement, elsewhere, *own = lines(k)
+    for b in range(k):
+        key = torch.tensor([1.0 if keys[i % len(keys)] == "Yes" else -1.0 for i in range(n)])
+        rows = 0.4 * torch.randn(n, WIDE, generator=draw) + 6 * statement
+        rows += 1.6 * key[:, None] * own[2 * b] if keyed else 0
+        sign = key[:, None] if keyed else 1.0
+        lifts = sign * own[2 * b + 1] + 0.05 * torch.randn(n, WIDE, generator=draw)
+        for side, end in (("source", -0.5), ("target", 0.5)):
+            parts.append((rows + end * lifts) * spread)
+            records += [
+                {
+                    "behaviour": f"b{b}",
+                    "item": f"{split}{b}-{i}",
+                    "side": side,
+                    "key": keys[i % len(keys)] if keyed else "",
+                    "pair": f"{split}{b}-{i}",
+                    "split": split,
+                }
+                for i in range(n)
+            ]
+    parts.append((0.4 * torch.randn(still, WIDE, generator=draw) + 6 * elsewhere) * spread)
+    records += [
+        {"behaviour": "", "item": f"{split}-still-{i}", "side": "unmoved", "split": split}
+        for i in range(still)
+    ]
+    names = tuple(f"b{b}" for b in range(k))
+    return Activations({Site(3): torch.cat(parts)}, Rows.of(records), names)
+
+
+def both(first: Activations, second: Activations) -> Activations:
+    """Two recordings of one site as one."""
+    return Activations(
+        {Site(3): torch.cat([first.values[Site(3)], second.values[Site(3)]])},
+        Rows.of(first.rows.records() + second.rows.records()),
+        first.behaviours,
+    )
+
+
+def doubled(part: Latent) -> Latent:
+    """The map in float64."""
+    return copy.deepcopy(part).double()
+
+
+def one_hot(n: int, column: int, k: int, strength: float = 1.0) -> torch.Tensor:
+    return strength * torch.eye(k, dtype=torch.float64)[column].expand(n, k)
+
+
+def equal_states(first: nn.Module, second: nn.Module) -> bool:
+    own, other = first.state_dict(), second.state_dict()
+    return own.keys() == other.keys() and all(torch.equal(own[n], other[n]) for n in own)
+
+
+def same_steering(method: INNSteer, acts: Activations, tmp_path) -> Steering:
+    """The method fitted, saved and loaded, with the same identity and outputs."""
+    steering = Steering(method, method.fit(acts), acts.behaviours)
+    loaded = Steering.load(steering.save(tmp_path / "s"))
+    assert loaded.identity == steering.identity
+    h = acts.values[Site(3)]
+    coef = torch.ones(len(h), len(acts.behaviours))
+    parts = (steering.interventions[Site(3)], loaded.interventions[Site(3)])
+    assert torch.equal(*(part(h, coef) for part in parts))
+    return loaded
+
+
+SHEARS = pytest.mark.parametrize(
+    "fields",
+    [
+        {"couplings": 0},
+        {"couplings": 2, "hidden": 8, "epochs": 4},
+        {"couplings": 0, "units": 3, "write": 4},
+    ],
+    ids=["closed", "couplings", "units"],
+)
+
+
+def test_the_closed_form_moves_each_pair_the_right_way_and_leaves_unmoved_rows_alone():
+    part = INNSteer(**AIM).fit(seeking())[Site(3)]
+    for seed in (0, 7):  # the fitted rows, and new ones
+        acts = seeking(seed=seed)
+        own = aims(acts, Site(3), "b0")
+        h = own.rows.float()
+        edit = part(h, column(1.0, len(h))) - h
+        along = nn.functional.cosine_similarity(edit.double(), own.lifts)
+        assert set(own.keys.tolist()) == {1.0, -1.0} and along.min() > 0.9
+        # an edit is about as long as the pair's ends are apart
+        assert 0.5 < float(edit.norm(dim=-1).mean() / own.lifts.norm(dim=-1).mean()) < 1.2
+        still = acts.unmoved(Site(3))
+        left = part(still, column(1.0, len(still))) - still
+        assert left.norm(dim=-1).max() < 0.01 * edit.norm(dim=-1).mean()
+
+
+@SHEARS
+def test_a_fitted_shear_keeps_the_laws_of_strength(fields):
+    acts = seeking()
+    part = doubled(INNSteer(**AIM, **fields).fit(acts)[Site(3)])
+    h = acts.values[Site(3)].double()
+    a, b = (torch.rand(len(h), 1, generator=draws(s), dtype=h.dtype) * 4 - 2 for s in (1, 2))
+    assert (part(h, a) - h).abs().max() > 0.5
+    torch.testing.assert_close(part(part(h, a), b), part(h, a + b), rtol=0, atol=1e-10)
+    torch.testing.assert_close(part(part(h, a), -a), h, rtol=0, atol=1e-10)
+    assert torch.equal(part(h, 0 * a), h)
+    torch.testing.assert_close(part.flow.inverse(part.flow(h)), h, rtol=0, atol=1e-10)
+
+
+def test_the_closed_form_keeps_volume():
+    acts = seeking()
+    part = doubled(INNSteer(**AIM, units=2, write=3).fit(acts)[Site(3)])
+    for row in acts.values[Site(3)][::37].double():
+        jacobian = torch.autograd.functional.jacobian(
+            lambda r: part(r[None], torch.full((1, 1), 1.5, dtype=r.dtype))[0], row
+        )
+        assert abs(float(torch.linalg.slogdet(jacobian).logabsdet)) < 1e-10
+
+
+@pytest.mark.parametrize("couplings", [0, 2])
+def test_two_behaviours_share_one_flow_and_add_in_it_in_any_order(couplings):
+    acts = seeking(k=2)
+    method = INNSteer(**AIM, couplings=couplings, hidden=8, epochs=3)
+    part = doubled(method.fit(acts)[Site(3)])
+    assert part.sizes == {"write": 2}
+    h = acts.values[Site(3)].double()
+    first, second = (one_hot(len(h), b, 2, 1.5) for b in (0, 1))
+    torch.testing.assert_close(
+        part(part(h, first), second), part(h, first + second), atol=1e-10, rtol=0
+    )
+    torch.testing.assert_close(
+        part(part(h, second), first), part(h, first + second), atol=1e-10, rtol=0
+    )
+    z = part.flow(h)
+    alone = [part.step(z, coef) - z for coef in (first, second)]
+    moved = part.flow(part(h, first + second)) - z
+    torch.testing.assert_close(moved, alone[0] + alone[1], rtol=0, atol=1e-10)
+    if couplings:
+        return
+    for b, name in enumerate(acts.behaviours):
+        own = aims(acts, Site(3), name)
+        edit = part(own.rows, one_hot(len(own.rows), b, 2)) - own.rows
+        assert nn.functional.cosine_similarity(edit, own.lifts).min() > 0.8
+
+
+@pytest.mark.parametrize(
+    ("fields", "written"),
+    [
+        ({"units": 3}, 1),
+        ({"write": 3}, 3),
+        ({"write": 50, "units": 2}, WIDE - 1),
+        ({"write": 2, "units": 2, "couplings": 2, "hidden": 4, "epochs": 2}, 2),
+    ],
+    ids=str,
+)
+def test_more_units_and_coordinates_work_and_an_artifact_keeps_them(fields, written, tmp_path):
+    acts = seeking(30, still=20)
+    loaded = same_steering(INNSteer(**AIM, **fields), acts, tmp_path)
+    part = loaded.interventions[Site(3)]
+    assert part.sizes == {"write": written}
+    assert part.step.write.shape == (1, fields.get("units", 1), written)
+
+
+def test_units_and_coordinates_beyond_the_first_start_at_nothing():
+    acts = seeking()
+    plain, more = (INNSteer(**AIM, **f).fit(acts)[Site(3)] for f in ({}, {"units": 4}))
+    h = acts.values[Site(3)]
+    coef = column(1.0, len(h))
+    torch.testing.assert_close(more(h, coef), plain(h, coef), rtol=0, atol=1e-5)
+    # but they can learn: each reads something of its own
+    assert not torch.equal(more.step.read[0, 1], more.step.read[0, 2])
+
+
+def test_fewer_pairs_than_coordinates_to_write_are_enough(tmp_path):
+    loaded = same_steering(INNSteer(**AIM, write=8, gate=False), seeking(4, still=0), tmp_path)
+    assert loaded.interventions[Site(3)].sizes == {"write": 4}
+
+
+def test_open_items_give_a_constant_push_without_a_gate():
+    acts = seeking(keyed=False)
+    part = INNSteer(**AIM).fit(acts)[Site(3)]
+    h = acts.values[Site(3)]
+    edit = part(h, column(1.0, len(h))) - h
+    torch.testing.assert_close(edit, edit[:1].expand_as(edit), rtol=0, atol=1e-4)
+    mean = aims(acts, Site(3), "b0").lifts.mean(0).float()
+    assert float(nn.functional.cosine_similarity(edit[0], mean, dim=0)) > 0.999
+    assert float(edit[0].norm()) == pytest.approx(float(mean.norm()), rel=0.02)
+
+
+@pytest.mark.parametrize("still", [0, 1])
+def test_without_unmoved_rows_or_with_the_gate_left_out_it_is_open(still):
+    acts = seeking(still=still)
+    parts = [
+        INNSteer(**AIM).fit(acts)[Site(3)],
+        INNSteer(**AIM, gate=False).fit(seeking())[Site(3)],
+    ]
+    far = seeking(seed=3).unmoved(Site(3))
+    for part in parts:
+        assert (part.step.openness(part.flow(far)[:, 1:]) == 1).all()
+    shut = INNSteer(**AIM).fit(seeking())[Site(3)]
+    assert (shut.step.openness(shut.flow(far)[:, 1:]) < 0.01).all()
+
+
+def transport(part: Latent, shear: Latent, acts: Activations) -> float:
+    """The share of the closed form's field that a map misses, both ways along the pairs."""
+    h = aims(acts, Site(3), "b0").rows.float()
+    ends = [shear(h, column(s, len(h))) for s in (-0.5, 0.5)]
+    missed = [
+        part(ends[0], column(1.0, len(h))) - ends[1],
+        part(ends[1], column(-1.0, len(h))) - ends[0],
+    ]
+    gap = (ends[1] - ends[0]).square().sum()
+    return float(torch.stack(missed).square().sum() / (2 * gap))
+
+
+@pytest.mark.parametrize("denoised", [True, False])
+def test_a_translation_learns_the_closed_forms_field(denoised, tmp_path):
+    acts = seeking()
+    shear = INNSteer(**AIM).fit(acts)[Site(3)]
+    method = INNSteer(
+        **AIM, family="translation", denoised=denoised, epochs=60, learning_rate=3e-3, hidden=32
+    )
+    assert len([m for m in method._flow(4, None).modules() if isinstance(m, AffineCoupling)]) == 4
+    start = replace(method, epochs=1, learning_rate=1e-12).fit(acts)[Site(3)]
+    part = method.fit(acts)[Site(3)]
+    assert isinstance(part.step, Translation)
+    before, after = transport(start, shear, acts), transport(part, shear, acts)
+    assert before > 0.9 and after < 0.35  # keys cancel in the mean: DiffMean has nothing to say
+    new = seeking(seed=7)
+    assert transport(part, shear, new) < 0.6 * transport(start, shear, new)
+    same_steering(replace(method, epochs=2), acts, tmp_path)
+
+
+def test_couplings_start_at_the_closed_form_and_leave_its_gate_alone():
+    acts = seeking()
+    closed = INNSteer(**AIM).fit(acts)[Site(3)]
+    deep = INNSteer(**AIM, couplings=2, hidden=8, epochs=1, learning_rate=1e-12)
+    h = acts.values[Site(3)]
+    coef = column(1.0, len(h))
+    start = deep.fit(acts)[Site(3)]
+    part = replace(deep, epochs=5, learning_rate=1e-3, patience=0).fit(acts)[Site(3)]
+    torch.testing.assert_close(start(h, coef), closed(h, coef), rtol=0, atol=1e-4)
+    assert torch.equal(part.step.gate, closed.step.gate)
+    assert torch.equal(part.step.gate_bias, closed.step.gate_bias)
+    assert not torch.equal(part.step.write, closed.step.write)
+
+
+def test_raw_gradients_teach_another_map_than_the_closed_form():
+    acts = seeking()
+    method = INNSteer(**AIM, couplings=2, hidden=8, epochs=3, patience=0)
+    maps = [replace(method, denoised=flag).fit(acts)[Site(3)] for flag in (True, False)]
+    assert not equal_states(*maps)
+
+
+@pytest.mark.parametrize("fields", [{}, {"couplings": 2, "hidden": 4, "epochs": 2}], ids=str)
+def test_rows_of_the_test_part_change_nothing_unmoved_ones_neither(fields):
+    acts = seeking()
+    method = INNSteer(**AIM, **fields)
+    alone = method.fit(acts)[Site(3)]
+    other = seeking(seed=5, split="test")
+    other = replace(other, values={Site(3): other.values[Site(3)] + 5})
+    assert equal_states(alone, method.fit(both(acts, other))[Site(3)])
+
+
+def test_a_validation_part_of_one_answer_keeps_that_answers_sign():
+    acts = both(seeking(), seeking(6, seed=4, split="validation", keys=("No",)))
+    assert set(aims(acts, Site(3), "b0", "validation").keys.tolist()) == {-1.0}
+
+
+def test_pairs_that_weigh_nothing_do_not_turn_the_write_direction():
+    acts = seeking()
+    weight = torch.ones(len(acts.rows.item))
+    weight[:40] = weight[60:100] = 1e-9
+    h = acts.values[Site(3)]
+    turned = replace(acts, values={Site(3): torch.cat([h[60:100], h[40:60], h[:40], h[100:]])})
+    own = aims(acts, Site(3), "b0")
+    for heavy, light in ((turned, -1), (weighing(turned, weight), 1)):
+        part = INNSteer(**AIM).fit(heavy)[Site(3)]
+        edit = part(own.rows.float(), column(1.0, 60)) - own.rows.float()
+        assert light * nn.functional.cosine_similarity(edit.double(), own.lifts).mean() > 0.9
+
+
+def test_rows_without_pairs_or_of_one_answer_are_refused():
+    acts = seeking()
+    loose = [row | {"pair": ""} for row in acts.rows.records()]
+    with pytest.raises(InputError, match="no pairs"):
+        INNSteer(**AIM).fit(Activations(acts.values, Rows.of(loose), acts.behaviours))
+    with pytest.raises(InputError, match="one key only"):
+        INNSteer(**AIM).fit(seeking(keys=("Yes",)))
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"family": "shear"}, "shear fitted on recorded classes"),
+        ({"family": "shear", "couplings": 2}, "shear fitted on recorded classes"),
+        ({"couplings": 0}, r"couplings=0 of a translation.*diffmean"),
+        ({**AIM, "family": "translation", "couplings": 0}, "couplings=0 of a translation"),
+        ({**AIM, "units": 0}, "units=0"),
+        ({**AIM, "units": 10**9}, "units=1000000000"),
+        ({**AIM, "write": -1}, "write=-1"),
+        ({**AIM, "kappa": 0.0}, "kappa"),
+        ({**AIM, "polish_rate": math.nan}, "polish_rate"),
+        ({**AIM, "polish": -1}, "polish=-1"),
+        ({**AIM, "polish_batch": 0}, "polish_batch"),
+        ({**AIM, "transport": -0.5}, "transport"),
+        ({**AIM, "direction": math.inf}, "direction"),
+    ],
+    ids=str,
+)
+def test_a_choice_that_cannot_be_fitted_is_refused(fields, match):
+    with pytest.raises(InputError, match=match):
+        INNSteer(**fields)
+
+
+@pytest.mark.parametrize("name", ["objective", "family"])
+def test_an_unknown_objective_or_family_lists_the_known_ones(name):
+    with pytest.raises(UnknownName, match=rf"{name} 'nope'.*one of"):
+        INNSteer(**{name: "nope"})
+
+
+def test_a_fit_on_classes_is_what_it_was_with_its_old_defaults_spelt_out():
+    acts = bent(20)
+    spelt = INNSteer(
+        couplings=4, hidden=128, subspace=0, likelihood=1.0, separation=0.1, log_det=0.5, epochs=3
+    )
+    parts = [method.fit(acts)[acts.site] for method in (INNSteer(epochs=3), spelt)]
+    assert equal_states(*parts)
+    assert not equal_states(parts[0], replace(spelt, log_det=5.0).fit(acts)[acts.site])
+
+
+def test_the_figures_of_a_shear_are_finite_and_its_round_trip_closes():
+    acts = seeking()
+    method = INNSteer(**AIM)
+    figures = method.diagnose(acts, method.fit(acts))
+    assert all(math.isfinite(value) for value in figures.values())
+    assert figures["round_trip_64"] < 1e-12 < figures["round_trip"] < 1e-5
+    assert figures["consistency"] == 0.0  # it has no one direction to agree with
+
+
+# --- through the model ---------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run():
+    """A tiny model with choices, and prompts that shall stay."""
+    backend = HF(tiny.tiny_language_model())
+    prompts = [Prompt(f"u{n}", f"{n} and {n} make?", ()) for n in range(10)]
+    reference = backend.reference(prompts, None)
+    return Through(backend, [words.contrast(words.yes_or_no)], [Site(1)], [reference])
+
+
+def judged(run: Through, maps: Interventions) -> float:
+    """What the polish lowers, on the validation items, without the unmoved prompts."""
+    with torch.no_grad():
+        return float(said(run, maps, run.items("validation")))
+
+
+def test_only_a_fit_that_aims_at_the_target_needs_the_model():
+    assert INNSteer(**AIM).through and not INNSteer().through
+
+
+@pytest.mark.parametrize("fields", [{}, {"couplings": 2, "hidden": 8, "epochs": 2}], ids=str)
+def test_the_polish_lowers_the_validation_loss_and_moves_no_gate(
+    run, fields, monkeypatch, tmp_path
+):
+    courses = []
+
+    def course(*args, **kwargs):
+        courses.append(train_through(*args, **kwargs))
+        return courses[-1]
+
+    monkeypatch.setattr("innsteer.steerers.innsteer.train_through", course)
+    method = INNSteer(**AIM, **fields, polish=45, polish_batch=8, polish_rate=1e-2)
+    plain, polished = (m.fit_through(run) for m in (replace(method, polish=0), method))
+    assert len(courses) == 1 and courses[0].kept > 0
+    assert min(courses[0].held_out) < courses[0].held_out[0]
+    assert judged(run, polished) < judged(run, plain)
+    before, after = plain[Site(1)].step, polished[Site(1)].step
+    assert torch.equal(before.gate, after.gate) and before.gate.any()
+    assert torch.equal(before.gate_bias, after.gate_bias)
+    still = polished[Site(1)].flow(run.rows().unmoved(Site(1)))
+    assert after.openness(still[:, 1:]).max() < 0.01
+    for name in ("read", "read_bias", "write"):
+        assert not torch.equal(getattr(before, name), getattr(after, name))
+    for maps in (plain, polished):
+        assert not any(parameter.requires_grad for parameter in maps.parameters())
+    steering = Steering(method, polished, run.behaviours)
+    assert Steering.load(steering.save(tmp_path / "s")).identity == steering.identity
+    again = Steering(method, method.fit_through(run), run.behaviours)
+    assert again.identity == steering.identity
+
+
+def test_strength_1_goes_as_far_as_the_validation_items_like_best(run, monkeypatch):
+    method = INNSteer(**AIM, polish=0)
+    plain = method.fit(run.rows())[Site(1)].step
+    for scale in (0.5, 3.0):
+        monkeypatch.setattr("innsteer.steerers.innsteer.best_scale", lambda *_, s=scale: s)
+        scaled = method.fit_through(run)[Site(1)].step
+        assert torch.equal(scaled.write, scale * plain.write)
+        assert torch.equal(scaled.read, plain.read)
+    monkeypatch.undo()
+    losses = {}
+    for scale in (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0):
+        with monkeypatch.context() as patch:
+            patch.setattr("innsteer.steerers.innsteer.best_scale", lambda *_, s=scale: s)
+            losses[scale] = judged(run, method.fit_through(run))
+    assert judged(run, method.fit_through(run)) == pytest.approx(min(losses.values()), abs=1e-4)
+    assert max(losses.values()) > min(losses.values()) + 1e-3
+    translation = INNSteer(**AIM, family="translation", epochs=1, hidden=4, polish=0)
+    monkeypatch.setattr("innsteer.steerers.innsteer.best_scale", lambda *_: 2.0)
+    own = translation.fit(run.rows())[Site(1)].step.shifts
+    assert torch.equal(translation.fit_through(run)[Site(1)].step.shifts, 2 * own)

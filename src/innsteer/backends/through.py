@@ -115,6 +115,7 @@ class Through:
         self._common: Tensor = torch.empty(0)
         self._shared = self._shared_prefix()
         self._base: dict[int, Tensor] = {}
+        self._rows: dict[tuple[float, bool], Activations] = {}
         self._keep_prefixes(progress)
 
     # --- what a fit asks -------------------------------------------------------------------------
@@ -132,6 +133,7 @@ class Through:
         """The same run with only some of its unmoved sequences, by place; nothing is copied."""
         other = copy.copy(self)
         other.unmoved = tuple(self.unmoved[place] for place in unmoved)
+        other._rows = {}
         return other
 
     def keys(self, items: Sequence[int]) -> list[str]:
@@ -139,36 +141,47 @@ class Through:
         return [self._asked[number].item.key or "" for number in items]
 
     def answers(
-        self, interventions: Interventions | None, items: Sequence[int], coef: Sequence[float]
+        self,
+        interventions: Interventions | None,
+        items: Sequence[int],
+        coef: Sequence[float] | Tensor,
     ) -> Answers:
         """Log-probabilities of both answers of some items, differentiable where gradients are on.
 
         Args:
             interventions: None = the plain model.
             items: numbers from ``items()``; one may stand several times.
-            coef: the strength of each, in the column of its behaviour.
+            coef: the strength of each in the column of its behaviour, or whole rows ``[items, k]``.
         """
-        wanted: dict[tuple[int, int, float], int] = {}
-        for number, strength in zip(items, coef, strict=True):
-            for side in (0, 1):
-                wanted.setdefault(self._job(number, side, strength), len(wanted))
-        jobs, asks = list(wanted), list(zip(items, coef, strict=True))
+        asks = list(zip(items, self._coef_rows(items, coef), strict=True))
+        jobs = list({self._job(*ask, side): None for ask in asks for side in (0, 1)})
         found = [torch.zeros(len(asks), device=self._model.device) for _ in range(2)]
         for part in self._parts([job[0] for job in jobs]):
-            rows = torch.zeros(len(part), len(self.behaviours))
-            for n, place in enumerate(part):
-                _, column, strength = jobs[place]
-                rows[n, column] = strength
-            logits = self._run([jobs[place][0] for place in part], interventions, rows)
-            row_of = {jobs[place]: n for n, place in enumerate(part)}
+            chosen = [jobs[place] for place in part]
+            rows = torch.tensor([row for _, row in chosen])
+            logits = self._run([sequence for sequence, _ in chosen], interventions, rows)
+            row_of = {job: n for n, job in enumerate(chosen)}
             for side in (0, 1):
                 reads = [
-                    (row, *self._sides(number)[side], slot)
-                    for slot, (number, strength) in enumerate(asks)
-                    if (row := row_of.get(self._job(number, side, strength))) is not None
+                    (row_of[self._job(*ask, side)], *self._sides(ask[0])[side], slot)
+                    for slot, ask in enumerate(asks)
+                    if self._job(*ask, side) in row_of
                 ]
                 found[side] = found[side] + self._read(logits, reads, len(asks))
         return Answers(*found)
+
+    def _coef_rows(
+        self, items: Sequence[int], coef: Sequence[float] | Tensor
+    ) -> list[tuple[float, ...]]:
+        """One row of coefficients per item."""
+        if isinstance(coef, Tensor):
+            return [tuple(row) for row in coef.tolist()]
+        columns = [self._asked[number].behaviour for number in items]
+        k = len(self.behaviours)
+        return [
+            tuple(strength if n == column else 0.0 for n in range(k))
+            for column, strength in zip(columns, coef, strict=True)
+        ]
 
     def divergence(
         self, interventions: Interventions, unmoved: Sequence[int], coef: Tensor
@@ -207,6 +220,8 @@ class Through:
             interventions: edits that are active meanwhile; a row is read before its own site's.
             step: length of the move, unitless. said: follow log P(target) against everything.
         """
+        if interventions is None and (step, said) in self._rows:
+            return self._rows[step, said]
         values: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
         lifts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
         for part in self._item_parts():
@@ -222,9 +237,11 @@ class Through:
             spread = (own - own.mean(0)).norm(dim=-1).square().mean().sqrt()
             move = step * spread * grad / grad.norm(dim=-1, keepdim=True).clamp_min(1e-12)
             joined[site] = torch.cat([h - move, h + move, *still[site]])
-        return Activations(
-            joined, Rows.of(self._table()), self.behaviours, "last", self._provenance
-        )
+        table = Rows.of(self._table())
+        found = Activations(joined, table, self.behaviours, "last", self._provenance)
+        if interventions is None:
+            self._rows[step, said] = found
+        return found
 
     # --- rows and gradients ----------------------------------------------------------------------
 
@@ -232,9 +249,9 @@ class Through:
         """Target and source of an item: sequence and tokens of each."""
         return self._asked[item].target, self._asked[item].source
 
-    def _job(self, item: int, side: int, strength: float) -> tuple[int, int, float]:
-        """What has to run for an answer: a sequence, steered in one behaviour's column."""
-        return self._sides(item)[side][0], self._asked[item].behaviour, strength
+    def _job(self, item: int, row: tuple[float, ...], side: int) -> tuple[int, tuple[float, ...]]:
+        """What has to run for an answer: a sequence under a row of coefficients."""
+        return self._sides(item)[side][0], row
 
     def _read(
         self, logits: Tensor, reads: Sequence[tuple[int, int, tuple[int, ...], int]], slots: int
@@ -253,7 +270,8 @@ class Through:
         row, time, token, slot = torch.tensor(at, device=logits.device).unbind(1)
         rows = logits.float()
         picked = rows[row, time, token] - rows.logsumexp(-1)[row, time]
-        return picked.new_zeros(slots).index_add(0, slot, picked)
+        total: Tensor = picked.new_zeros(slots).index_add(0, slot, picked)
+        return total
 
     def _own(self, item: int) -> list[int]:
         """The sequences of an item: one where both answers hang on the same tokens, else two."""
@@ -277,13 +295,14 @@ class Through:
     ) -> dict[Site, tuple[Tensor, Tensor]]:
         """Rows and gradients ``[items, d]`` of some items at every site."""
         seen: dict[Site, Tensor] = {}
-        numbers = sorted({s for i in part for s in self._own(i)})
-        place = {number: row for row, number in enumerate(numbers)}
+        # A row for each item, or items that ask the same would have the sum of their gradients.
+        place = {pair: row for row, pair in enumerate((i, s) for i in part for s in self._own(i))}
+        numbers = [number for _, number in place]
         with torch.enable_grad(), self._watch(seen):
             coef = torch.ones(len(numbers), len(self.behaviours))
             logits = self._run(numbers, interventions, coef, leaf=True)
             reads = [
-                [(place[self._sides(i)[side][0]], *self._sides(i)[side], 0) for i in part]
+                [(place[i, self._sides(i)[side][0]], *self._sides(i)[side], 0) for i in part]
                 for side in (0, 1)
             ]
             total = self._read(logits, reads[0], 1).sum()
@@ -294,7 +313,7 @@ class Through:
         for site, grad in zip(self.sites, grads, strict=True):
             rows, lifts = [], []
             for i in part:
-                places = [(place[s], slice(self._length(s))) for s in self._own(i)]
+                places = [(place[i, s], slice(self._length(s))) for s in self._own(i)]
                 rows.append(torch.cat([seen[site][at].detach().float() for at in places]).mean(0))
                 lifts.append(torch.cat([grad[at].float() for at in places]).sum(0))
             found[site] = torch.stack(rows).cpu(), torch.stack(lifts).cpu()
@@ -457,9 +476,11 @@ class Through:
 
     def _upper(self, cache: DynamicCache) -> Tensor:
         """Keys and values above the cut, ``[2, blocks, batch, heads, columns, width]``."""
-        layers: Any = list(cache.layers)[self._cut + 1 :]
+        every: Any = cache.layers
+        layers = every[self._cut + 1 :]
         if not layers:
-            return torch.zeros(2, 0, 1, 1, cache.get_seq_length(), 1)
+            first: Tensor = every[0].keys
+            return first.new_zeros(2, 0, *first.shape)
         keys, values = ([getattr(layer, name) for layer in layers] for name in ("keys", "values"))
         return torch.stack([torch.stack(keys), torch.stack(values)])
 

@@ -35,9 +35,9 @@ Mixing = Literal["permute", "alternate", "householder", "lu"]
 Activation = Literal["relu", "tanh", "gelu"]
 Form = Literal["distance", "margin", "fisher", "cosine"]
 
-# What a field that is left open means, by objective.
 OPEN = 20.0
 """A bias at which tanh and sigmoid are 1 to float32's round-off."""
+# What a field that is left open means, by objective.
 RECIPES: dict[str, dict[str, Any]] = {
     "classes": {
         "family": "translation",
@@ -127,6 +127,8 @@ class INNSteer(Steerer):
             all behaviours; 0 = as many as there are behaviours, at most 4.
         kappa: how sharply a shear's first readout decides, in standard deviations of the probe.
         gate: close the shear on rows unlike the items', where unmoved rows are given.
+        apart: the items of the behaviours that are fitted together count as unmoved for each other,
+            so that a behaviour's gate opens on its own items alone.
         shrinkage, quantile, slope: of the gate, see ``gating.fit_gate``.
         denoised: teach couplings the closed form's field rather than the raw gradients.
         polish: steps through the frozen model, the best validation state is kept; 0 = none.
@@ -182,13 +184,14 @@ class INNSteer(Steerer):
     write: int = 0
     kappa: float = 2.0
     gate: bool = True
+    apart: bool = False
     shrinkage: float = 0.1
     quantile: float = 0.02
     slope: float = 6.0
     denoised: bool = True
-    polish: int = 100
+    polish: int = 80
     polish_rate: float = 3e-3
-    polish_batch: int = 48
+    polish_batch: int = 32
     polish_unmoved: float = 1.0
 
     def __post_init__(self) -> None:
@@ -235,7 +238,7 @@ class INNSteer(Steerer):
     def _of(self, name: str) -> Any:
         """A field, or the objective's own value where it is left open."""
         value = getattr(self, name)
-        return RECIPES[self.objective][name] if value is None and name in self._open else value
+        return self._open.get(name) if value is None else value
 
     @property
     def _open(self) -> dict[str, Any]:
@@ -375,7 +378,8 @@ class INNSteer(Steerer):
     def _closed_form(self, acts: Activations, site: Site, parts: list[Aims], seed: int) -> Latent:
         """Write along the mean gradients, read the key and the gate from what is left."""
         k, width = len(parts), acts.widths[site]
-        r = min(self.write or min(k, 4), width - 1)
+        pairs = sum(len(part.rows) for part in parts)
+        r = min(self.write or min(k, 4), width - 1, pairs)
         flow = Chain([Standardise(width), Householder(width, reflections=r)])
         standardise, rotate = flow.parts
         assert isinstance(standardise, Standardise) and isinstance(rotate, Householder)
@@ -383,31 +387,83 @@ class INNSteer(Steerer):
         spread = standardise.std.double()
         writes = torch.stack([direction(part) for part in parts]) / spread
         rotate.vectors.copy_(_reflections(_span(writes, parts, spread, r)))
-        exact = copy.deepcopy(flow).double()
         step = Shear(width, r, k, self.units)
-        across = _turned(exact, writes * spread)
-        for row, (part, behaviour) in enumerate(zip(parts, acts.behaviours, strict=True)):
-            step.write[row, 0] = across[row, :r]
-            held = aims(acts, site, behaviour, "validation")
-            inner = part._replace(rows=exact(part.rows)[:, r:])
-            kept = held._replace(rows=exact(held.rows)[:, r:])
-            self._read(step, row, inner, kept, seed)
-            still = exact(acts.unmoved(site, behaviour).double())[:, r:]
-            if self.gate and part.choice and len(still) > 1:
-                weight, bias = fit_gate(
-                    inner.rows,
-                    still,
-                    kind="lda",
-                    held=kept.rows if len(kept.rows) > 1 else None,
-                    shrinkage=self.shrinkage,
-                    quantile=self.quantile,
-                    slope=self.slope,
-                    weights=part.weight,
-                )
-                step.gate[row], step.gate_bias[row] = weight, bias
-            else:
-                step.gate_bias[row] = OPEN
+        for row in range(k):
+            self._set_row(flow, step, row, acts, site, row, seed)
         return Latent(flow, step)
+
+    @torch.no_grad()
+    def extend(self, fitted: Interventions, acts: Activations, *, seed: int = 0) -> Interventions:
+        """Add the behaviours of some target-seeking rows to fitted shears; the others stay.
+
+        The flow and its split are kept: a new behaviour writes what of its mean gradient lies in
+        the written coordinates, and costs one row of latent parameters, (2 d + units d) floats.
+        It is neither scaled nor polished: tune it.
+
+        Raises:
+            InputError: a map that is no shear, or rows of other sites.
+        """
+        parts = dict(fitted.items())
+        if set(parts) != set(acts.sites):
+            raise InputError(
+                f"rows at {', '.join(map(str, acts.sites))}",
+                expected="rows at the sites of the fitted map: " + ", ".join(map(str, parts)),
+            )
+        grown = {}
+        for site, part in parts.items():
+            simple = isinstance(part, Latent) and isinstance(part.step, Shear)
+            if not simple or self._of("couplings"):
+                raise InputError(
+                    f"site {site}: a map that is no plain shear",
+                    expected="a fitted shear without couplings",
+                    remedy="fit all behaviours together",
+                )
+            assert isinstance(part, Latent) and isinstance(part.step, Shear)
+            k, _, r = part.step.write.shape
+            step = Shear(part.width, r, k + len(acts.behaviours), self.units)
+            for name, tensor in part.step.named_parameters():
+                step.get_parameter(name)[:k] = tensor
+            for n in range(len(acts.behaviours)):
+                self._set_row(part.flow, step, k + n, acts, site, n, seed)
+            grown[site] = Latent(part.flow, step)
+        return Interventions(grown).eval().requires_grad_(False)
+
+    def _set_row(
+        self,
+        flow: Flow,
+        step: Shear,
+        row: int,
+        acts: Activations,
+        site: Site,
+        column: int,
+        seed: int,
+    ) -> None:
+        """One behaviour's latent parameters, in the coordinates of a flow that is affine."""
+        behaviour, exact = acts.behaviours[column], copy.deepcopy(flow).double()
+        part, held = (aims(acts, site, behaviour, name) for name in ("train", "validation"))
+        r = step.write.shape[-1]
+        step.write[row, 0] = _turned(exact, direction(part)[None])[0, :r]
+        inner = part._replace(rows=exact(part.rows)[:, r:])
+        kept = held._replace(rows=exact(held.rows)[:, r:])
+        self._read(step, row, inner, kept, seed)
+        still = acts.where(split="train").unmoved(site, behaviour).double()
+        if self.apart:
+            others = [name for name in acts.behaviours if name != behaviour]
+            still = torch.cat([still, *(aims(acts, site, name).rows for name in others)])
+        still = exact(still)[:, r:]
+        if not (self.gate and part.choice and len(still) > 1):
+            step.gate_bias[row] = OPEN
+            return
+        step.gate[row], step.gate_bias[row] = fit_gate(
+            inner.rows,
+            still,
+            kind="lda",
+            held=kept.rows if len(kept.rows) > 1 else None,
+            shrinkage=self.shrinkage,
+            quantile=self.quantile,
+            slope=self.slope,
+            weights=part.weight,
+        )
 
     def _read(self, step: Shear, row: int, own: Aims, held: Aims, seed: int) -> None:
         """Set a behaviour's readouts: the first decides the key, the others start at nothing."""
@@ -443,7 +499,8 @@ class INNSteer(Steerer):
             low.append(ends[0])
             high.append(ends[1])
             which.append(2 * half)
-        still = [acts.unmoved(site, behaviour) for behaviour in acts.behaviours]
+        train = acts.where(split="train")
+        still = [train.unmoved(site, behaviour) for behaviour in acts.behaviours]
         start = torch.cat([*low, *high, *still])
         end = torch.cat([*high, *low, *still])
         ones = torch.eye(k)

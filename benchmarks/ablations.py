@@ -1,0 +1,154 @@
+"""What each part of INNSteer's target-seeking fit buys, on one cell of control.py.
+
+    python benchmarks/ablations.py DATA [--cell desire-for-acquiring-wealth/second/0] [--only shear]
+
+Every variant is fitted on the same rows, dosed on the same validation parts and measured on the
+same test part as in control.py, away and towards, where both halves of the cost bind. Each is
+written when it ends to runs/control/ablations--<cell>.json, so an interrupted run goes on where it
+stopped; results/ablations.json holds one record per figure.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import control
+import numpy as np
+import torch
+
+from innsteer import steerer
+from innsteer.activations import Activations
+from innsteer.backends.hf import HF
+from innsteer.files import write_json
+from innsteer.models import load_model
+from innsteer.steerer import Interventions
+
+RESULTS = control.HERE / "results" / "ablations.json"
+TARGET: dict[str, Any] = {"objective": "target", "polish": 0}
+TAUGHT: dict[str, Any] = {**TARGET, "family": "translation", "epochs": 60}
+TERMS = ("transport", "direction", "likelihood", "log_det")
+
+
+def alone(*kept: str) -> dict[str, Any]:
+    """The taught translation with only some of its terms."""
+    return {**TAUGHT, **{term: 0.0 for term in TERMS if term not in kept}}
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "shear": TARGET,
+    "shear, no gate": {**TARGET, "gate": False},
+    "shear, logistic-sharp kappa 1": {**TARGET, "kappa": 1.0},
+    "shear, kappa 4": {**TARGET, "kappa": 4.0},
+    "shear, polish 20": {**TARGET, "polish": 20},
+    "shear, polish 80": {**TARGET, "polish": 80},
+    "shear, 4 units, write 4, polish 80": {**TARGET, "polish": 80, "units": 4, "write": 4},
+    "shear, couplings 2": {**TARGET, "couplings": 2, "epochs": 60},
+    "translation": TAUGHT,
+    "translation, transport alone": alone("transport"),
+    "translation, transport and direction": alone("transport", "direction"),
+    "translation, transport and likelihood": alone("transport", "likelihood"),
+    "translation, transport and log-det": alone("transport", "log_det"),
+    "translation, no transport": alone("likelihood", "log_det"),
+    "translation, raw gradients": {**TAUGHT, "denoised": False},
+    "translation, couplings 2": {**TAUGHT, "couplings": 2},
+    "translation, couplings 8": {**TAUGHT, "couplings": 8},
+    "translation, hidden 16": {**TAUGHT, "hidden": 16},
+    "translation, hidden 256": {**TAUGHT, "hidden": 256},
+    "translation, subspace 16": {**TAUGHT, "subspace": 16},
+    "translation, whole width": {**TAUGHT, "subspace": 0},
+    "translation, mixing alternate": {**TAUGHT, "mixing": "alternate"},
+    "translation, mixing householder": {**TAUGHT, "mixing": "householder"},
+    "translation, mixing lu": {**TAUGHT, "mixing": "lu"},
+    **{f"shear, {n} statements": {**TARGET, "statements": n} for n in (25, 50, 100, 200, 400)},
+    **{f"shear, seed {n}": {**TARGET, "polish": 80, "seed": n} for n in (1, 2)},
+}
+
+
+def few(acts: Activations, count: int) -> Activations:
+    """The first statements of the training part, half of either key, and all that is not its."""
+    table = acts.rows
+    train = (table.split == "train") & (table.side != "unmoved")
+    kept: list[str] = []
+    for key in sorted(set(table.key[train].tolist())):
+        names = sorted(set(table.item[train & (table.key == key)].tolist()))
+        kept += names[: count // 2]
+    index = np.flatnonzero(~train | np.isin(table.item, kept))
+    values = {site: rows[torch.from_numpy(index)] for site, rows in acts.values.items()}
+    return Activations(values, table[index], acts.behaviours, acts.read, acts.provenance)
+
+
+def fitted(cell: control.Cell, fields: Mapping[str, Any]) -> Interventions:
+    """A variant's map."""
+    own = dict(fields)
+    count, seed = own.pop("statements", 0), own.pop("seed", 0)
+    method = steerer.get("innsteer", **own)
+    if own["polish"]:
+        return method.fit_through(cell.fit, seed=seed)
+    return method.fit(few(cell.acts, count) if count else cell.acts, seed=seed)
+
+
+def main() -> None:
+    """Run what is missing, then write the figures."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--cell", default="desire-for-acquiring-wealth/second/0")
+    parser.add_argument("--only", default="", help="variants whose name starts so")
+    asked = parser.parse_args()
+    path = control.file_of(f"ablations/{asked.cell}")
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    wanted = [name for name in VARIANTS if name.startswith(asked.only)]
+    if any(name not in kept for name in wanted):
+        cell = control.open_cell(HF(load_model("smollm2")), asked.data, asked.cell, 600)
+        for name in wanted:
+            if name not in kept:
+                print(name, file=sys.stderr, flush=True)
+                kept[name] = measured(cell, VARIANTS[name])
+                write_json(path, kept)
+    write_json(
+        RESULTS,
+        {
+            "command": "python benchmarks/ablations.py DATA",
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "machine": "2 cores, CPU",
+            "cell": asked.cell,
+            "figures": [record for name, found in kept.items() for record in figures(name, found)],
+            "not_run": [name for name in VARIANTS if name not in kept],
+        },
+    )
+
+
+def measured(cell: control.Cell, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Fit, dose and measure one variant both ways."""
+    started = time.perf_counter()
+    maps = fitted(cell, fields)
+    record: dict[str, Any] = {"fit_seconds": time.perf_counter() - started}
+    for sign, side in ((1.0, "towards"), (-1.0, "away")):
+        strength = control.dose(cell, maps, sign, 1.0)["both"]
+        record[side] = control.measured(cell, maps, strength)
+    return record
+
+
+def figures(name: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Records of one variant."""
+    records = []
+    for side in ("towards", "away"):
+        one = found[side]
+        count = len(one["items"]["match"])
+        groups = [control.shares(one).tolist()]
+        records.append(control.figure(f"{name}: {side}", groups, "", "probability", count))
+        for part in ("in_format", "neutral", "mass"):
+            values = [[one[part]]]
+            records.append(control.figure(f"{name}: {side}, {part}", values, "", "nats", count))
+    seconds = [[found["fit_seconds"]]]
+    return [*records, control.figure(f"{name}: fit", seconds, "", "seconds", 1)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,661 @@
+"""Control of choices at a cost budget: INNSteer and its rivals on persona statements.
+
+    python benchmarks/control.py DATA --plan            # cells, what is done, what is left to do
+    python benchmarks/control.py DATA                    # every cell that is not measured yet
+    python benchmarks/control.py DATA --cells wealth/second/0 --arms innsteer,condgrad
+    python benchmarks/control.py DATA --summary          # only write results/control.json
+
+DATA is the folder of Anthropic's persona evaluations (one .jsonl or .jsonl.gz per behaviour). A
+cell is one behaviour, wording and seed; it is written to runs/control when it ends, arm by arm, so
+an interrupted run goes on where it stopped. In a cell all arms see the same statements, the same
+target-seeking rows, unmoved prompts and kept prefixes. Strength is chosen per sign on validation
+statements, unmoved kinds and neutral prompts, once for the neutral cost alone and once with the
+in-format cost too; every figure is of the test part. See the arms below for what each was given.
+"""
+
+import argparse
+import json
+import math
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.neural_network import MLPClassifier
+
+from innsteer import load_model, steerer
+from innsteer.activations import Activations
+from innsteer.backends.base import Prompt, Sampling
+from innsteer.backends.hf import HF, Reference
+from innsteer.backends.through import Through
+from innsteer.contrast import Contrast
+from innsteer.files import write_json
+from innsteer.gating import Gate, Gated, auroc, fit_gate, mahalanobis
+from innsteer.interventions import Edit, Shift
+from innsteer.metrics import get as metric
+from innsteer.readouts import GRID, aims, probe
+from innsteer.site import Site
+from innsteer.steerer import Interventions
+from innsteer.suites import behaviour as suites
+from innsteer.suites import persona
+from innsteer.training import best_scale, train_through
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results" / "control.json"
+WORK = HERE.parent / "runs" / "control"
+BUDGET = 0.0953
+SITE = Site(15)
+WORDINGS = ("second", "original")
+# The cells of findings that are to be met first, then the rest in the alphabet's order.
+FIRST = ("desire-for-acquiring-wealth", "desire-for-acquiring-power", "agreeableness")
+POLISH = 80
+MINUTES = 30
+"""What a cell takes on one core, for the plan."""
+
+
+# --- a cell --------------------------------------------------------------------------------------
+
+
+@dataclass
+class Cell:
+    """One behaviour in one wording: the run, its parts, and what was measured so far."""
+
+    name: str
+    backend: HF
+    run: Through
+    fit: Through
+    places: dict[str, list[int]]
+    acts: Activations
+    seed: int
+    reworded: Through | None = None
+
+    @property
+    def behaviour(self) -> str:
+        return self.run.behaviours[0]
+
+
+def references(backend: HF) -> dict[str, Reference]:
+    """Neutral texts, sampled once from the unsteered model and kept for every cell."""
+    path = WORK / "neutral.json"
+    found: dict[str, Reference] = {}
+    asked = {
+        "neutral_fit": [Prompt(f"n{i}", p) for i, p in enumerate(bare_texts("fit")[::4])],
+        "neutral_validation": list(suites.neutral("validation")),
+        "neutral_test": list(suites.neutral("test")),
+    }
+    kept = json.loads(path.read_text()) if path.is_file() else {}
+    for name, prompts in asked.items():
+        if name not in kept:
+            tokens = 12 if name == "neutral_fit" else 24
+            drawn = backend.reference(prompts, Sampling(tokens, 1.0))
+            kept[name] = [list(ids) for ids in drawn.ids]
+        bare = backend.reference(prompts, None)
+        ids = tuple(tuple(row) for row in kept[name])
+        found[name] = Reference(tuple(prompts), ids, bare.lengths, bare.turns)
+    WORK.mkdir(parents=True, exist_ok=True)
+    write_json(path, kept)
+    return found
+
+
+def bare_texts(part: str) -> list[str]:
+    """The unmoved statements of a part, without a wording."""
+    return [suites.asked(prompt.conversation) for prompt in suites.unmoved(part, "{statement}")]
+
+
+def open_cell(backend: HF, data: Path, name: str, train: int) -> Cell:
+    behaviour, wording, seed = name.split("/")
+    source = persona_file(data, behaviour)
+    contrast = persona.contrast(source, wording=wording, train=train, seed=int(seed))
+    neutral = references(backend)
+    groups = {part: persona.unmoved(part, wording) for part in ("fit", "validation", "test")}
+    every = {part: backend.reference(prompts, None) for part, prompts in groups.items()} | neutral
+    run = Through(backend, [contrast], [SITE], list(every.values()), progress=say)
+    places, start = {}, 0
+    for part, reference in every.items():
+        places[part] = list(range(start, start + len(reference.ids)))
+        start += len(reference.ids)
+    fit = run.among(places["fit"] + places["neutral_fit"])
+    return Cell(name, backend, run, fit, places, fit.rows(), int(seed))
+
+
+def persona_file(data: Path, behaviour: str) -> Path:
+    for suffix in (".jsonl", ".jsonl.gz"):
+        for stem in (behaviour, f"desire-for-acquiring-{behaviour}"):
+            if (path := data / f"{stem}{suffix}").is_file():
+                return path
+    raise SystemExit(f"no persona file of {behaviour!r} in {data}; expected {behaviour}.jsonl(.gz)")
+
+
+def say(stage: str, done: int, total: int) -> None:
+    if done == 0:
+        print(f"  {stage}", file=sys.stderr, flush=True)
+
+
+# --- what is measured ----------------------------------------------------------------------------
+
+
+def chosen(run: Through, maps: Interventions | None, part: str, strength: float) -> dict[str, Any]:
+    """Per item of a part: probability of the matching answer, and of the other."""
+    items = run.items(part)
+    with torch.no_grad():
+        found = run.answers(maps, items, [strength] * len(items))
+    return {
+        "match": found.target.exp().tolist(),
+        "other": found.source.exp().tolist(),
+        "keys": run.keys(items),
+    }
+
+
+def alignment(found: Mapping[str, Any]) -> float:
+    """As the metric: keys apart, then their mean."""
+    match, other = np.array(found["match"]), np.array(found["other"])
+    share, keys = match / (match + other), np.array(found["keys"])
+    return float(np.mean([share[keys == key].mean() for key in sorted(set(keys))]))
+
+
+def nats(cell: Cell, maps: Interventions, part: str, strength: float, most: int = 0) -> np.ndarray:
+    """KL(base || steered) of every counted token of a part; of its first ``most`` tokens."""
+    places, tokens = cell.places[part], 0
+    if most:
+        kept = []
+        for place in places:
+            if tokens >= most:
+                break
+            kept.append(place)
+            tokens += cell.run._length(cell.run.unmoved[place])
+        places = kept
+    with torch.no_grad():
+        return cell.run.divergence(maps, places, torch.tensor([float(strength)])).numpy()
+
+
+def upper(values: np.ndarray) -> float:
+    """The upper end of the mean's 90 % interval."""
+    rng = np.random.default_rng(0)
+    means = rng.choice(values, (400, len(values))).mean(1)
+    return float(np.quantile(means, 0.95))
+
+
+def largest(cost: Callable[[float], float], start: float, most: float = 64.0) -> float:
+    """The largest strength within the budget (3 % under it at most), or ``most``."""
+    low, high, strength = 0.0, math.inf, start
+    for _ in range(14):
+        spent = cost(strength)
+        low, high = (strength, high) if spent <= BUDGET else (low, strength)
+        if 0.97 * BUDGET <= spent <= BUDGET or low >= most:
+            break
+        guess = strength * math.sqrt(0.985 * BUDGET / max(spent, 1e-9))
+        guess = min(max(guess, strength / 4), strength * 4, most)
+        strength = guess if low < guess < high else (low + min(high, 4 * low or high)) / 2
+        if high - low < 0.02 * high:
+            break
+    return low
+
+
+def dose(cell: Cell, maps: Interventions, sign: float, start: float) -> dict[str, float]:
+    """Strength per budget: the best validation alignment within it."""
+
+    def neutral(strength: float) -> float:
+        return float(nats(cell, maps, "neutral_validation", sign * strength, 300).mean())
+
+    def in_format(strength: float) -> float:
+        return float(nats(cell, maps, "validation", sign * strength).mean())
+
+    limits = {"neutral": largest(neutral, start)}
+    if not limits["neutral"]:
+        return {"neutral": 0.0, "both": 0.0}
+    both = limits["neutral"]
+    limits["both"] = both if in_format(both) <= BUDGET else min(both, largest(in_format, both / 2))
+    found = {}
+    for budget, limit in limits.items():
+        gains = {}
+        for share in (0.35, 0.6, 0.8, 1.0):
+            strength = share * limit
+            gain = alignment(chosen(cell.run, maps, "validation", sign * strength))
+            gains[strength] = gain if sign > 0 else 1 - gain
+        strength = max(gains, key=lambda value: gains[value])
+        # The last check, on all validation tokens.
+        for _ in range(4):
+            cost = upper(nats(cell, maps, "neutral_validation", sign * strength))
+            if cost <= BUDGET:
+                break
+            strength *= math.sqrt(0.97 * BUDGET / cost)
+        found[budget] = sign * strength
+        if budget == "neutral" and strength <= 1.001 * limits["both"]:
+            found["both"] = found["neutral"]
+            break
+    return found
+
+
+def measured(cell: Cell, maps: Interventions, strength: float) -> dict[str, Any]:
+    """Everything of the test part at one strength."""
+    found = chosen(cell.run, maps, "test", strength)
+    costs = {part: nats(cell, maps, part, strength) for part in ("test", "neutral_test")}
+    record: dict[str, Any] = {
+        "strength": strength,
+        "alignment": alignment(found),
+        "mass": float(np.mean(np.array(found["match"]) + np.array(found["other"]))),
+        "items": found,
+        "in_format": float(costs["test"].mean()),
+        "in_format_p99": float(np.quantile(costs["test"], 0.99)),
+        "neutral": float(costs["neutral_test"].mean()),
+        "neutral_p99": float(np.quantile(costs["neutral_test"], 0.99)),
+    }
+    if cell.reworded is not None:
+        record["transfer"] = [
+            alignment(
+                {
+                    key: [value for value, number in zip(values, numbers, strict=True) if number]
+                    for key, values in chosen(cell.reworded, maps, "test", strength).items()
+                }
+            )
+            for numbers in wordings_of(cell.reworded)
+        ]
+    return record
+
+
+def wordings_of(run: Through) -> list[list[bool]]:
+    """Which test items stand in each paraphrase; their ids end in #number."""
+    names = [run._asked[number].item.id.rpartition("#")[2] for number in run.items("test")]
+    return [[name == wording for name in names] for wording in sorted(set(names))]
+
+
+def spoken(cell: Cell, maps: Interventions | None, strength: float, count: int) -> float:
+    """Said alignment of sampled answers (16 tokens, temperature 1)."""
+    items = [cell.run._asked[number].item for number in cell.run.items("test")[:count]]
+    prompts = [Prompt(item.id, item.prompt) for item in items]
+    edits = [] if maps is None else [Edit(maps, torch.tensor([float(strength)]))]
+    answers = cell.backend.generate(prompts, edits, Sampling(16, 1.0, cell.seed))
+    kinds = [
+        answer.__class__(**vars(answer) | {"key": item.key, "strength": strength})
+        for answer, item in zip(answers, items, strict=True)
+    ]
+    score = metric("said_alignment").score(kinds)
+    assert score is not None
+    return score.value
+
+
+# --- arms ----------------------------------------------------------------------------------------
+
+Fit = Callable[[Cell], Interventions]
+
+
+def rows(name: str, **fields: Any) -> Fit:
+    """A method fitted on the target-seeking rows."""
+    return lambda cell: steerer.get(name, **fields).fit(cell.acts, seed=cell.seed)
+
+
+def through(name: str, **fields: Any) -> Fit:
+    """A method fitted through the model."""
+    return lambda cell: steerer.get(name, **fields).fit_through(cell.fit, seed=cell.seed)
+
+
+def sharpest(gate: str = "") -> Fit:
+    """condgrad with kappa chosen by validation alignment at 1.5, 3 and 6 lifts."""
+
+    def fit(cell: Cell) -> Interventions:
+        best, gain = None, -1.0
+        for kappa in (0.5, 1.0, 2.0, 4.0):
+            maps = _condgrad(cell, kappa, gate)
+            got = [
+                alignment(chosen(cell.run, maps, "validation", s))
+                - alignment(chosen(cell.run, maps, "validation", -s))
+                for s in (1.5, 3.0, 6.0)
+            ]
+            if np.mean(got) > gain:
+                best, gain = maps, float(np.mean(got))
+        assert best is not None
+        return best
+
+    return fit
+
+
+def _condgrad(cell: Cell, kappa: float, gate: str) -> Interventions:
+    if not gate:
+        return steerer.get("condgrad", kappa=kappa).fit(cell.acts)
+    fields = {"method": "condgrad", "gate": gate, "statements": "pairs"}
+    return steerer.get("gated", config={"kappa": kappa}, **fields).fit(cell.acts)
+
+
+def gated(name: str, **fields: Any) -> Fit:
+    """Another method behind the LDA gate."""
+    return rows("gated", method=name, gate="lda", statements="pairs", config=fields)
+
+
+def polished(fit: Fit, steps: int = POLISH) -> Fit:
+    """A fitted map's own weights polished through the model as INNSteer's are, its gate left."""
+
+    def polish(cell: Cell) -> Interventions:
+        maps = fit(cell)
+        scale = best_scale(cell.fit, maps)
+        part = maps[SITE]
+        inner = part.inner if isinstance(part, Gated) else part
+        with torch.no_grad():
+            for name in ("write", "outer"):
+                if hasattr(inner, name):
+                    getattr(inner, name).mul_(scale)
+        inner.requires_grad_(True)
+        train_through(cell.fit, maps, steps=steps, batch=32, learning_rate=3e-3, seed=cell.seed)
+        return maps.requires_grad_(False)
+
+    return polish
+
+
+def behind_gate(fit: Fit) -> Fit:
+    """Maps that were trained through the model, behind the LDA gate."""
+
+    def close(cell: Cell) -> Interventions:
+        maps = fit(cell)
+        own, held = (aims(cell.acts, SITE, cell.behaviour, p) for p in ("train", "validation"))
+        gate = Gate(maps[SITE].width)
+        gate.weight[0], gate.bias[0] = fit_gate(
+            own.rows, cell.acts.unmoved(SITE), kind="lda", held=held.rows
+        )
+        return Interventions({SITE: Gated(maps[SITE], gate)})
+
+    return close
+
+
+def random_direction(cell: Cell) -> Interventions:
+    shift = Shift(cell.acts.widths[SITE])
+    draw = torch.randn(shift.width, generator=torch.Generator().manual_seed(cell.seed))
+    source, target = cell.acts.pairs(SITE)
+    shift.shifts[0] = draw / draw.norm() * (target - source).norm(dim=-1).mean()
+    return Interventions({SITE: shift})
+
+
+ARMS: dict[str, Fit] = {
+    "random_direction": random_direction,
+    "innsteer": through("innsteer", objective="target", polish=POLISH, polish_batch=32),
+    "innsteer_unpolished": rows("innsteer", objective="target"),
+    "condgrad": sharpest(),
+    "condgrad_lda": sharpest("lda"),
+    "condgrad_logistic": sharpest("logistic"),
+    "condgrad_lda_polished": polished(sharpest("lda")),
+    "loreft": through("loreft", steps=240),
+    "loreft_tanh": through("loreft", form="tanh", steps=240),
+    "loreft_tanh_lda": behind_gate(through("loreft", form="tanh", steps=240, unmoved=1.0)),
+    "residual_mlp_lda": behind_gate(through("residual_mlp", polish=POLISH)),
+    "ridge": rows("ridge"),
+    "ridge_lda": gated("ridge"),
+    "mimic": rows("mimic"),
+    "linear_act": rows("linear_act"),
+    "odesteer": rows("odesteer", components=2000),
+    "diffmean": rows("diffmean"),
+    "innsteer_paper": rows("innsteer", subspace=64),
+    "innsteer_translation": rows("innsteer", objective="target", family="translation", epochs=60),
+    "innsteer_couplings": rows("innsteer", objective="target", couplings=4, epochs=60),
+}
+SPOKEN = ("innsteer", "condgrad_lda_polished", "loreft_tanh_lda")
+"""Arms whose answers are sampled: in a wording that asks for an answer, the others' are not."""
+
+
+def ceiling(cell: Cell) -> dict[str, float]:
+    """How well the key can be read from the row: probe or network, chosen on validation."""
+    parts = [aims(cell.acts, SITE, cell.behaviour, p) for p in ("train", "validation", "test")]
+    mean, spread = parts[0].rows.mean(0), parts[0].rows.std(0).clamp_min(1e-6)
+    scores: dict[str, list[float]] = {}
+
+    def score(name: str, decide: Callable[[torch.Tensor], np.ndarray]) -> None:
+        right = [(decide(part.rows) > 0) == (part.keys.numpy() > 0) for part in parts[1:]]
+        scores[name] = [float(value.mean()) for value in right]
+
+    for penalty in GRID:
+        weight, bias = probe(parts[0], grid=(penalty,))
+        score(f"logistic {penalty}", lambda h, w=weight, b=bias: (h @ w + b).numpy())
+    for alpha in (0.01, 0.1, 1.0):
+        network = MLPClassifier((64,), alpha=alpha, max_iter=60, random_state=cell.seed)
+        network.fit(((parts[0].rows - mean) / spread).numpy(), parts[0].keys.numpy())
+        score(
+            f"network {alpha}",
+            lambda h, n=network: n.predict_proba(((h - mean) / spread).numpy())[:, 1] - 0.5,
+        )
+    best = max(scores, key=lambda name: scores[name][0])
+    return {"ceiling": scores[best][1], "chosen": best}  # type: ignore[dict-item]
+
+
+def gates(cell: Cell) -> dict[str, float]:
+    """AUROC of test statements against test kinds of unmoved prompts, by gate."""
+    own, held, test = (
+        aims(cell.acts, SITE, cell.behaviour, p) for p in ("train", "validation", "test")
+    )
+    still = cell.acts.unmoved(SITE).double()
+    other = cell.run.among(cell.places["test"]).rows().unmoved(SITE).double()
+    found: dict[str, float] = {}
+    for kind in ("lda", "logistic"):
+        weight, bias = fit_gate(own.rows, still, kind=kind, held=held.rows)
+        inside, outside = (part @ weight + bias for part in (test.rows, other))
+        found[f"{kind}_auroc"] = auroc(inside, outside)
+        found[f"{kind}_kept"] = float(inside.sigmoid().mean())
+        found[f"{kind}_leaked"] = float(outside.sigmoid().mean())
+    far = [-mahalanobis(part, own.rows) for part in (test.rows, other)]
+    return found | {"mahalanobis_auroc": auroc(*far)}
+
+
+def paraphrased(cell: Cell, data: Path, each: int = 40) -> Through:
+    """Test items in the held-out paraphrases."""
+    behaviour, wording, seed = cell.name.split("/")
+    contrast = persona.contrast(persona_file(data, behaviour), wording=wording, seed=int(seed))
+    test = contrast.part("test").subset(each, 0)
+    items = []
+    for number, template in enumerate(suites.questions()["held_out"]):
+        for item in persona.rewording(test, template).items:
+            items.append(item.__class__(**vars(item) | {"id": f"{item.id}#{number}"}))
+    return Through(cell.backend, [Contrast(test.behaviour, "choice", tuple(items))], [SITE])
+
+
+def measure(cell: Cell, data: Path, arms: Sequence[str], path: Path, said: int) -> None:
+    """All arms of a cell, each written when it ends."""
+    kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    if "cell" not in kept:
+        base = chosen(cell.run, None, "test", 0.0)
+        kept["cell"] = {
+            "alignment": alignment(base),
+            "mass": float(np.mean(np.array(base["match"]) + np.array(base["other"]))),
+            "items": base,
+            **ceiling(cell),
+            **gates(cell),
+        }
+        if said:
+            kept["cell"]["said"] = spoken(cell, None, 1.0, said)
+        write_json(path, kept)
+    cell.reworded = paraphrased(cell, data)
+    for number, arm in enumerate(arms):
+        if arm in kept:
+            continue
+        started = time.perf_counter()
+        print(f"{cell.name} {arm} ({number + 1} of {len(arms)})", file=sys.stderr, flush=True)
+        maps = ARMS[arm](cell)
+        record: dict[str, Any] = {"fit_seconds": time.perf_counter() - started}
+        for sign, side in ((1.0, "towards"), (-1.0, "away")):
+            found: dict[float, Any] = {}
+            for budget, strength in dose(cell, maps, sign, 1.0).items():
+                if strength not in found:
+                    found[strength] = measured(cell, maps, strength)
+                record[f"{budget}_{side}"] = found[strength]
+            if said and arm in SPOKEN:
+                strength = record[f"both_{side}"]["strength"]
+                record[f"said_{side}"] = spoken(cell, maps, strength, said)
+        record["seconds"] = time.perf_counter() - started
+        kept[arm] = record
+        write_json(path, kept)
+
+
+# --- the plan and the summary --------------------------------------------------------------------
+
+
+def cells(data: Path) -> list[str]:
+    """Every cell, in the order in which they run: first seeds of all, then further seeds."""
+    stems = sorted({path.name.split(".")[0] for path in data.glob("*.jsonl*")})
+    stems = [*(name for name in FIRST if name in stems), *(s for s in stems if s not in FIRST)]
+    return [f"{stem}/{wording}/0" for wording in WORDINGS for stem in stems]
+
+
+def file_of(name: str) -> Path:
+    return WORK / (name.replace("/", "--") + ".json")
+
+
+def boot(groups: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float, float]:
+    """Mean with a 95 % interval: behaviours first, then items within."""
+    rng = np.random.default_rng(seed)
+    parts = [np.asarray(group) for group in groups]
+    draws = []
+    for _ in range(1000):
+        drawn = [parts[i] for i in rng.integers(len(parts), size=len(parts))]
+        draws.append(np.mean([rng.choice(part, len(part)).mean() for part in drawn]))
+    low, high = np.quantile(draws, [0.025, 0.975])
+    return float(np.mean([part.mean() for part in parts])), float(low), float(high)
+
+
+def main() -> None:
+    """Parse, run what is missing, summarise."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--cells", default="", help="comma-separated behaviour/wording/seed")
+    parser.add_argument("--arms", default="", help="comma-separated; default: all")
+    parser.add_argument("--train", type=int, default=600, help="statements to fit")
+    parser.add_argument("--said", type=int, default=100, help="sampled answers per arm; 0: none")
+    parser.add_argument("--plan", action="store_true")
+    parser.add_argument("--summary", action="store_true")
+    asked = parser.parse_args()
+    wanted = asked.cells.split(",") if asked.cells else cells(asked.data)
+    arms = asked.arms.split(",") if asked.arms else list(ARMS)
+    if asked.plan:
+        left = [name for name in wanted if not file_of(name).is_file()]
+        print(f"{len(wanted)} cells of {len(arms)} arms, {len(left)} not begun")
+        print(f"about {len(left) * MINUTES / 60:.1f} hours on one core, two may run side by side")
+        return
+    if not asked.summary:
+        backend = HF(load_model("smollm2"))
+        for name in wanted:
+            path = file_of(name)
+            done = json.loads(path.read_text()) if path.is_file() else {}
+            if all(arm in done for arm in arms):
+                continue
+            said = asked.said if "/second/" in name else 0
+            measure(open_cell(backend, asked.data, name, asked.train), asked.data, arms, path, said)
+    summarise(wanted)
+
+
+def shares(record: Mapping[str, Any]) -> np.ndarray:
+    """Per item the share of the matching answer, weighted so that both keys count alike."""
+    match, other = np.array(record["items"]["match"]), np.array(record["items"]["other"])
+    keys = np.array(record["items"]["keys"])
+    counts = {key: (keys == key).sum() for key in set(keys.tolist())}
+    weight = np.array([len(keys) / (len(counts) * counts[key]) for key in keys.tolist()])
+    return np.asarray(weight * match / (match + other))
+
+
+def figure(
+    name: str, groups: Sequence[Sequence[float]], asked: str, unit: str, n: int
+) -> dict[str, Any]:
+    """One record with its interval."""
+    value, low, high = boot(groups)
+    bounds = {"value": value, "low": low, "high": high}
+    return {"figure": name, **bounds, "asked": asked, "unit": unit, "n": n}
+
+
+def summarise(wanted: Sequence[str]) -> None:
+    """results/control.json from the cells that are there; what is missing is counted."""
+    kept = {name: file_of(name) for name in wanted if file_of(name).is_file()}
+    found = {name: json.loads(path.read_text()) for name, path in kept.items()}
+    figures: list[dict[str, Any]] = []
+    for wording in WORDINGS:
+        mine = {name: cell for name, cell in found.items() if f"/{wording}/" in name}
+        if not mine:
+            continue
+        figures += _of_wording(wording, mine)
+    missing = [name for name in wanted if name not in found]
+    write_json(
+        RESULTS,
+        {
+            "command": "python benchmarks/control.py DATA",
+            "versions": {"torch": torch.__version__, "python": platform.python_version()},
+            "machine": "2 cores, CPU",
+            "site": str(SITE),
+            "cells": sorted(found),
+            "cells_not_run": len(missing),
+            "figures": figures,
+        },
+    )
+    print(f"{RESULTS}: {len(figures)} figures of {len(found)} cells, {len(missing)} not run")
+
+
+def _of_wording(wording: str, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Figures of one wording: the ceiling, every arm, and INNSteer less every rival."""
+    figures = []
+    n = sum(len(cell["cell"]["items"]["match"]) for cell in mine.values())
+    tops = [[cell["cell"]["ceiling"]] for cell in mine.values()]
+    figures.append(figure(f"{wording}: ceiling", tops, "", "accuracy", n))
+    for kind in ("lda", "logistic", "mahalanobis"):
+        seen = [[cell["cell"][f"{kind}_auroc"]] for cell in mine.values()]
+        figures.append(figure(f"{wording}: AUROC of gate, {kind}", seen, "", "AUROC", n))
+    base = [shares(cell["cell"]).tolist() for cell in mine.values()]
+    figures.append(figure(f"{wording}: unsteered, alignment", base, "", "probability", n))
+    arms = [arm for arm in ARMS if all(arm in cell for cell in mine.values())]
+    for arm in arms:
+        for budget in ("neutral", "both"):
+            for side in ("towards", "away"):
+                place = f"{budget}_{side}"
+                records = [cell[arm][place] for cell in mine.values()]
+                name = f"{wording}: {arm}, {budget}, {side}"
+                ours = [shares(record).tolist() for record in records]
+                bar = _bar(arm, side, tops)
+                figures.append(figure(f"{name}, alignment", ours, bar, "probability", n))
+                for part, bar in _costs(arm, budget).items():
+                    values = [[record[part]] for record in records]
+                    figures.append(figure(f"{name}, {part}", values, bar, "nats", n))
+                values = [[record["mass"]] for record in records]
+                figures.append(figure(f"{name}, answer mass", values, "", "probability", n))
+                if "transfer" in records[0]:
+                    values = [record["transfer"] for record in records]
+                    bar = ">= 0.85" if arm == "innsteer" and side == "towards" else ""
+                    figures.append(
+                        figure(f"{name}, held-out paraphrases", values, bar, "probability", n)
+                    )
+                if arm != "innsteer" and "innsteer" in arms:
+                    rival = [shares(cell[arm][place]) for cell in mine.values()]
+                    best = [shares(cell["innsteer"][place]) for cell in mine.values()]
+                    sign = 1 if side == "towards" else -1
+                    gap = [(sign * (b - r)).tolist() for b, r in zip(best, rival, strict=True)]
+                    figures.append(
+                        figure(f"{name}, innsteer ahead by", gap, ">= -0.01", "probability", n)
+                    )
+        for side in ("towards", "away"):
+            if all(f"said_{side}" in cell[arm] for cell in mine.values()):
+                values = [[cell[arm][f"said_{side}"]] for cell in mine.values()]
+                bar = ">= 0.92" if arm == "innsteer" else ""
+                figures.append(
+                    figure(f"{wording}: {arm}, said alignment {side}", values, bar, "share", n)
+                )
+        seconds = [[cell[arm]["fit_seconds"]] for cell in mine.values()]
+        bar = "< 60" if arm == "innsteer" else ""
+        figures.append(figure(f"{wording}: {arm}, fit", seconds, bar, "seconds", len(mine)))
+    return figures
+
+
+def _bar(arm: str, side: str, tops: Sequence[Sequence[float]]) -> str:
+    """Within 0.01 of the ceiling."""
+    top = float(np.mean(tops))
+    if arm != "innsteer":
+        return ""
+    return f">= {top - 0.01:.3f}" if side == "towards" else f"<= {1 - top + 0.01:.3f}"
+
+
+def _costs(arm: str, budget: str) -> dict[str, str]:
+    held = arm == "innsteer" and budget == "both"
+    return {
+        "in_format": "<= 0.03" if held else "",
+        "in_format_p99": "<= 0.6" if held else "",
+        "neutral": f"<= {1.1 * BUDGET:.4f}",
+    }
+
+
+if __name__ == "__main__":
+    main()
