@@ -20,7 +20,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,8 @@ RESULTS = HERE / "results" / "control.json"
 WORK = HERE.parent / "runs" / "control"
 BUDGET = 0.0953
 SITE = Site(15)
-WORDINGS = ("second", "original")
+WORDINGS = ("second", "original", "second+5")
+"""Of the question; +5: the fit also sees five paraphrases, the test stays as it is."""
 # The cells of findings that are to be met first, then the rest in the alphabet's order.
 FIRST = ("desire-for-acquiring-wealth", "desire-for-acquiring-power", "agreeableness")
 POLISH = 80
@@ -110,9 +111,13 @@ def bare_texts(part: str) -> list[str]:
 def open_cell(backend: HF, data: Path, name: str, train: int) -> Cell:
     behaviour, wording, seed = name.split("/")
     source = persona_file(data, behaviour)
-    contrast = persona.contrast(source, wording=wording, train=train, seed=int(seed))
+    asked, _, more = wording.partition("+")
+    contrast = persona.contrast(source, wording=asked, train=train, seed=int(seed))
     neutral = references(backend)
-    groups = {part: persona.unmoved(part, wording) for part in ("fit", "validation", "test")}
+    groups = {part: persona.unmoved(part, asked) for part in ("fit", "validation", "test")}
+    if more:
+        contrast = augmented(contrast, int(more))
+        groups["fit"] = mixed(groups["fit"], asked, int(more))
     every = {part: backend.reference(prompts, None) for part, prompts in groups.items()} | neutral
     run = Through(backend, [contrast], [SITE], list(every.values()), progress=say)
     places, start = {}, 0
@@ -121,6 +126,29 @@ def open_cell(backend: HF, data: Path, name: str, train: int) -> Cell:
         start += len(reference.ids)
     fit = run.among(places["fit"] + places["neutral_fit"])
     return Cell(name, backend, run, fit, places, fit.rows(), int(seed))
+
+
+def augmented(contrast: Contrast, count: int) -> Contrast:
+    """Training and validation statements in turn in the wording and ``count`` paraphrases of it."""
+    templates = suites.questions()["augmentation"][:count]
+    versions = [contrast, *(persona.rewording(contrast, template) for template in templates)]
+    items = tuple(
+        (versions[n % len(versions)] if item.split != "test" else contrast).items[n]
+        for n, item in enumerate(contrast.items)
+    )
+    return replace(contrast, items=items)
+
+
+def mixed(prompts: Sequence[Prompt], wording: str, count: int) -> tuple[Prompt, ...]:
+    """Unmoved statements in turn in the wording and ``count`` paraphrases of it."""
+    templates = [suites.questions()[wording], *suites.questions()["augmentation"][:count]]
+    found = []
+    for n, prompt in enumerate(prompts):
+        text = suites.stated(suites.asked(prompt.conversation), templates[0])
+        assert text is not None
+        asked = suites.fill(templates[n % len(templates)], text)
+        found.append(replace(prompt, conversation=asked))
+    return tuple(found)
 
 
 def persona_file(data: Path, behaviour: str) -> Path:
@@ -439,7 +467,8 @@ def gates(cell: Cell) -> dict[str, float]:
 def paraphrased(cell: Cell, data: Path, each: int = 40) -> Through:
     """Test items in the held-out paraphrases."""
     behaviour, wording, seed = cell.name.split("/")
-    contrast = persona.contrast(persona_file(data, behaviour), wording=wording, seed=int(seed))
+    asked = wording.partition("+")[0]
+    contrast = persona.contrast(persona_file(data, behaviour), wording=asked, seed=int(seed))
     test = contrast.part("test").subset(each, 0)
     items = []
     for number, template in enumerate(suites.questions()["held_out"]):
@@ -492,7 +521,10 @@ def cells(data: Path) -> list[str]:
     """Every cell, in the order in which they run: first seeds of all, then further seeds."""
     stems = sorted({path.name.split(".")[0] for path in data.glob("*.jsonl*")})
     stems = [*(name for name in FIRST if name in stems), *(s for s in stems if s not in FIRST)]
-    return [f"{stem}/{wording}/0" for wording in WORDINGS for stem in stems]
+    first = [f"{stem}/{wording}/0" for wording in WORDINGS for stem in stems]
+    return first + [
+        f"{stem}/{wording}/{n}" for n in (1, 2) for wording in WORDINGS for stem in stems
+    ]
 
 
 def file_of(name: str) -> Path:
@@ -538,7 +570,7 @@ def main() -> None:
             done = json.loads(path.read_text()) if path.is_file() else {}
             if all(arm in done for arm in arms):
                 continue
-            said = asked.said if "/second/" in name else 0
+            said = asked.said if "/second" in name else 0
             measure(open_cell(backend, asked.data, name, asked.train), asked.data, arms, path, said)
     summarise(wanted)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from innsteer import demo, load_model, tuning
+from innsteer import demo, fitting, load_model, tuning
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast, prompts
@@ -31,13 +31,13 @@ ARMS = {
 def main() -> None:
     model, contrast = load_model("smollm2"), Contrast.load(demo.BEHAVIOUR)
     backend = HF(model)
-    acts = tuning.record_parts(model, contrast)
+    acts = fitting.record_parts(model, contrast)
     asked = [Prompt(str(n), text) for n, text in enumerate(prompts(demo.BEHAVIOUR, "validation"))]
     score, figures = metric("negative_sentiment"), []
     for name, steerer in {"unsteered": None, **ARMS}.items():
         edits = []
         if steerer is not None:
-            fitted = tuning.fit_rows(model, steerer, acts)
+            fitted = fitting.fit_rows(model, steerer, acts)
             tuned = tuning.tune(
                 backend, fitted, contrast, control_items=4, fractions=(1.0,), preview=True
             )

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from innsteer import demo, evaluation, load_model, names, tuning
+from innsteer import demo, evaluation, fitting, load_model, names, tuning
 from innsteer.activations import Activations
 from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast, Item, prompts
@@ -119,7 +119,7 @@ def steering(name: str) -> Steering:
     """A method fitted and tuned at full size, once per source."""
     if not (RUNS / name).exists():
         model, contrast = load_model("smollm2"), Contrast.load(demo.BEHAVIOUR)
-        fitted = tuning.fit(model, contrast, name, progress=say)
+        fitted = fitting.fit(model, contrast, name, progress=say)
         tuning.tune(model, fitted, contrast, both_ways=True, progress=say).save(RUNS / name)
     return Steering.load(RUNS / name)
 
@@ -159,7 +159,7 @@ def exact() -> list[Figure]:
     site = next(iter(ours.interventions))
     part = ours.interventions[site]
     held = Contrast.load(demo.BEHAVIOUR).part("test")
-    rows = tuning.record(model, held, [site], read="all").values[site]
+    rows = fitting.record(model, held, [site], read="all").values[site]
     found = []
     with torch.no_grad():
         for dtype, asked in ((torch.float32, "<= 1e-05"), (torch.float64, "<= 1e-10")):
@@ -232,10 +232,10 @@ def recording() -> list[Figure]:
 def fitting() -> list[Figure]:
     """INNSteer on 500 pairs of real rows, with early stopping and with the full schedule."""
     model = load_model("smollm2")
-    site = tuning.default_site(model)
+    site = fitting.default_site(model)
     few = Contrast.load(demo.BEHAVIOUR).part("train").subset(40)
     # Answer tokens as rows: speed does not depend on how rows were read.
-    source, target = tuning.record(model, few, [site], read="all").sides(site)
+    source, target = fitting.record(model, few, [site], read="all").sides(site)
     acts = Activations.of_sides(source[:500], target[:500], site=site)
     found = []
     for label, fields, asked in (

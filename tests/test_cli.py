@@ -10,7 +10,7 @@ import pytest
 from typer.main import get_command
 
 import tiny
-from innsteer import cli, demo, evaluation, shelf, tuning
+from innsteer import cli, demo, evaluation, fitting, shelf, tuning
 from innsteer.backends import hf
 from innsteer.contrast import Contrast
 from innsteer.steering import Steering
@@ -35,7 +35,7 @@ def in_the_home(home, monkeypatch):
     """Few neutral prompts and short answers, from within the home."""
     few = {part: suites.neutral(part)[:6] for part in ("validation", "test")}
     monkeypatch.chdir(home)
-    monkeypatch.setattr(tuning, "neutral", few.get)
+    monkeypatch.setattr(tuning.suites, "neutral", few.get)
     monkeypatch.setattr(suites, "neutral", few.get)
     monkeypatch.setattr(suites.Suite, "neutral_tokens", 4)
 
@@ -74,10 +74,10 @@ def fitted(home):
 
     model = load_model(home / "model")
     data = Contrast.load(home / "mine.jsonl")
-    steering = tuning.fit(model, data, "diffmean", sites=[Site(1)])
+    steering = fitting.fit(model, data, "diffmean", sites=[Site(1)])
     steering.save(home / "raw")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "neutral", lambda part: suites.neutral(part)[:6])
+        patch.setattr(tuning.suites, "neutral", lambda part: suites.neutral(part)[:6])
         tuning.tune(model, steering, data, preview=True, search_tokens=60).save(home / "tuned")
     return home / "tuned"
 

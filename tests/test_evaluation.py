@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import tiny
-from innsteer import evaluation, metrics, pages, tuning
+from innsteer import evaluation, fitting, metrics, pages, tuning
 from innsteer.backends.base import Sampling
 from innsteer.backends.hf import HF
 from innsteer.calibration import Calibration, Dose
@@ -57,7 +57,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def ours(model):
-    return tuned(tuning.fit(model, OPEN, "diffmean", sites=[Site(1)]))
+    return tuned(fitting.fit(model, OPEN, "diffmean", sites=[Site(1)]))
 
 
 @pytest.fixture(scope="module")
@@ -67,13 +67,13 @@ def suite():
 
 @pytest.fixture(scope="module")
 def report(model, ours, suite):
-    other = tuned(tuning.fit(model, OPEN, "diffmean", sites=[Site(2)]), both_ways=False)
+    other = tuned(fitting.fit(model, OPEN, "diffmean", sites=[Site(2)]), both_ways=False)
     return evaluation.compare(model, {"one": ours, "two": other}, suite, sizes=SIZES)
 
 
 @pytest.fixture(scope="module")
 def chosen(model):
-    steering = tuned(tuning.fit(model, CHOICE, "diffmean", sites=[Site(1)]), strength=-3.0)
+    steering = tuned(fitting.fit(model, CHOICE, "diffmean", sites=[Site(1)]), strength=-3.0)
     return evaluation.compare(model, {"away": steering}, small(suites.load(CHOICE)), sizes=SIZES)
 
 
@@ -92,7 +92,7 @@ def test_arms_without_distinct_names_are_refused(model, suite):
 
 def test_a_steering_that_was_not_tuned_is_refused(model, suite):
     with pytest.raises(InputError, match="'raw' was not tuned"):
-        evaluation.compare(model, {"raw": tuning.fit(model, OPEN, "diffmean")}, suite)
+        evaluation.compare(model, {"raw": fitting.fit(model, OPEN, "diffmean")}, suite)
 
 
 def test_a_scorer_that_is_not_there_is_an_error_before_any_work(model, suite, monkeypatch):

@@ -13,7 +13,7 @@ ROOMS = """
     errors files site groups formats contrast activations fingerprint layout smollm2 models
     flows shelf steerer readouts interventions gating training batches hooks steerers calibration
     steering
-    backends metrics suites tuning figures pages report evaluation demo cli
+    backends metrics suites fitting tuning figures pages report evaluation demo cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 

@@ -170,9 +170,7 @@ def test_the_units_of_the_rows_do_not_matter():
     units, shift = torch.tensor([1e3, 1e-2, 1.0, 7.0]).double(), torch.tensor([5.0, 0, 0, -9])
     other = one._replace(rows=one.rows * units + shift.double())
     (w, b), (v, c) = probe(one, grid=(0.01,)), probe(other, grid=(0.01,))
-    torch.testing.assert_close(
-        other.rows @ v + c, one.rows @ w + b, rtol=1e-4, atol=1e-5
-    )
+    torch.testing.assert_close(other.rows @ v + c, one.rows @ w + b, rtol=1e-4, atol=1e-5)
 
 
 def test_held_out_rows_choose_the_penalty():

@@ -160,9 +160,7 @@ def test_patience_ends_a_training_that_does_not_get_better(run, patience, steps)
         live = torch.is_grad_enabled()
         return maps[SITE].vector.sum() if live else torch.tensor(next(values))
 
-    course = train_through(
-        run, push(), loss=loss, steps=10, every=2, unmoved=0, patience=patience
-    )
+    course = train_through(run, push(), loss=loss, steps=10, every=2, unmoved=0, patience=patience)
     assert (course.steps if patience else len(course.steps)) == steps and course.kept == 2
 
 
@@ -216,9 +214,7 @@ def test_what_shall_not_move_holds_the_divergence_down(run):
     places, moved = list(range(len(run.unmoved))), []
     for weight in (0.0, 1.0, 30.0):
         maps = push()
-        train_through(
-            run, maps, steps=40, every=10, learning_rate=0.05, unmoved=weight, patience=0
-        )
+        train_through(run, maps, steps=40, every=10, learning_rate=0.05, unmoved=weight, patience=0)
         with torch.no_grad():
             nats = [run.divergence(maps, places, sign * torch.ones(1)).mean() for sign in (1, -1)]
         moved.append(float(sum(nats)) / 2)

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 import tiny
-from innsteer import tuning
-from innsteer.activations import Activations
+from innsteer import fitting, tuning
 from innsteer.backends.base import Prompt, Sampling, silent
 from innsteer.backends.hf import HF
 from innsteer.calibration import BUDGET
@@ -16,12 +15,9 @@ from innsteer.errors import (
     BudgetError,
     DataError,
     InputError,
-    LeakError,
-    MismatchError,
-    UnknownName,
 )
 from innsteer.interventions import Shift
-from innsteer.site import Site, Where
+from innsteer.site import Site
 from innsteer.steerer import Interventions, get
 from innsteer.steering import Steering
 from innsteer.suites.behaviour import neutral
@@ -37,12 +33,12 @@ def model():
 
 @pytest.fixture(scope="module")
 def fitted(model):
-    return tuning.fit(model, OPEN, "diffmean", sites=[Site(1)])
+    return fitting.fit(model, OPEN, "diffmean", sites=[Site(1)])
 
 
 @pytest.fixture(autouse=True)
 def few_neutral_prompts(monkeypatch):
-    monkeypatch.setattr(tuning, "neutral", lambda part: neutral(part)[:12])
+    monkeypatch.setattr(tuning.suites, "neutral", lambda part: neutral(part)[:12])
 
 
 @pytest.fixture(scope="module")
@@ -50,119 +46,6 @@ def meter(model):
     backend = HF(model)
     reference = backend.reference(neutral("validation")[:8], Sampling(12, 1.0, 0))
     return backend.meter(reference, [Site(1)])
-
-
-# --- record and fit ------------------------------------------------------------------------------
-
-
-def test_the_default_site_is_two_thirds_up(model):
-    class Deep:
-        layout = type("Layout", (), {"blocks": range(30)})
-
-    assert tuning.default_site(Deep) == Site(19)
-    assert tuning.default_site(model) == Site(1)
-    Deep.layout.blocks = range(1)
-    assert tuning.default_site(Deep) == Site(0)
-
-
-def test_rows_are_those_of_training_and_validation_and_never_of_the_test_part(model):
-    acts = tuning.record_parts(model, OPEN)
-    assert set(acts.rows.split) == {"train", "validation"}
-    test = {item.id for item in OPEN.test.items}
-    assert test and not test & set(acts.rows.item)
-    assert len(acts) == 2 * (len(OPEN) - len(test))
-    assert acts.sites == (tuning.default_site(model),)
-
-
-def test_open_answers_are_meaned_and_choices_read_at_their_last_token(model):
-    assert tuning.record_parts(model, OPEN).read == "mean"
-    assert tuning.record_parts(model, CHOICE).read == "last"
-    assert tuning.record_parts(model, OPEN, read="last").read == "last"
-
-
-def test_a_contrast_without_training_items_is_refused(model):
-    with pytest.raises(InputError, match="no training items"):
-        tuning.record_parts(model, contrast(parts=("validation", "test")))
-
-
-def test_a_fit_says_where_it_comes_from(model):
-    acts = tuning.record_parts(model, OPEN, [Site(2)])
-    steering = tuning.fit_rows(model, get("diffmean"), acts, where=Where("all"), seed=3)
-    found = steering.provenance
-    assert found["recording"] == acts.hash
-    assert found["contrast"] == acts.provenance["contrast"]
-    assert (found["read"], found["seed"], found["rows"]) == ("mean", 3, len(acts))
-    assert steering.base == model.fingerprint and steering.where == Where("all")
-    assert steering.behaviours == ("formal-ish",) and steering.resolve() == 1.0
-
-
-def test_a_fit_knows_its_whole_contrast_and_the_groups_that_it_saw(model, fitted):
-    found = fitted.provenance
-    assert found["whole_contrast"] == OPEN.hash != found["contrast"]
-    groups = {item.group for item in OPEN.train.items}
-    assert len(found["train_groups"]) == len(groups)
-    assert found["train_groups"] == sorted(found["train_groups"])
-    assert not groups & set(found["train_groups"])
-    plain = tuning.record(model, OPEN, [Site(1)])
-    assert "train_groups" not in tuning.fit_rows(model, get("diffmean"), plain).provenance
-
-
-def test_a_recording_on_disk_is_the_one_that_is_fitted(model, fitted, tmp_path):
-    acts = tuning.record_parts(model, OPEN, [Site(1)], folder=tmp_path / "rows")
-    back = Activations.load(tmp_path / "rows")
-    assert (back.hash, back.provenance) == (acts.hash, acts.provenance)
-    again = tuning.fit_rows(model, get("diffmean"), back)
-    assert again.identity == fitted.identity
-    assert again.provenance["train_groups"] == fitted.provenance["train_groups"]
-    tuning.record(model, OPEN, [Site(1)], folder=tmp_path / "all")
-    tuning.fit(model, OPEN, "diffmean", sites=[Site(1)], folder=tmp_path / "fit")
-    assert len(Activations.load(tmp_path / "all")) == 2 * len(OPEN)
-    assert Activations.load(tmp_path / "fit").hash == acts.hash
-
-
-def test_what_was_fitted_is_no_place_to_measure(model, fitted):
-    tuning.check_unseen(fitted, OPEN.validation)
-    tuning.check_unseen(fitted, OPEN.test)
-    first = OPEN.train.items[0].id
-    with pytest.raises(LeakError, match=rf"of 9 of 9 train items of 'formal-ish': '{first}', "):
-        tuning.check_unseen(fitted, OPEN.train)
-    other = contrast(parts=("validation", "train", "test"))
-    with pytest.raises(LeakError, match="3 of 5 validation items"):
-        tuning.tune(model, fitted, other, preview=True)
-    unknown = replace(fitted, provenance={})
-    tuning.check_unseen(unknown, OPEN.train)
-
-
-def test_a_fit_on_some_training_items_is_tuned_on_the_same_validation_items(model):
-    kept = [*OPEN.train.subset(4).items, *OPEN.validation.items]
-    part = replace(OPEN, items=tuple(kept))
-    some = tuning.fit(model, part, "diffmean", sites=[Site(1)])
-    assert len(some.provenance["train_groups"]) == 4
-    assert tuning.tune(model, some, OPEN, preview=True, fractions=(1.0,)).calibration
-
-
-def test_tuning_on_another_behaviour_is_refused(model, fitted):
-    other = replace(OPEN, behaviour="curt")
-    with pytest.raises(InputError, match="'curt' for a steering of 'formal-ish'"):
-        tuning.tune(model, fitted, other, preview=True)
-
-
-def test_fit_takes_a_name_with_fields_or_a_steerer(model, fitted):
-    same = tuning.fit(model, OPEN, get("diffmean"), sites=[Site(1)])
-    assert same.identity == fitted.identity
-    with pytest.raises(UnknownName, match="field of method 'diffmean'"):
-        tuning.fit(model, OPEN, "diffmean", hidden=3)
-
-
-def test_rows_of_another_model_are_refused(model):
-    acts = tuning.record_parts(tiny.tiny_language_model(seed=1), OPEN)
-    with pytest.raises(MismatchError, match="recorded on 'tiny-llama'.*another weights"):
-        tuning.fit_rows(model, get("diffmean"), acts)
-
-
-def test_a_layer_that_is_not_there_is_refused(model):
-    with pytest.raises(InputError, match="layer 99 of a model with 4 blocks"):
-        tuning.fit(model, OPEN, "diffmean", sites=[Site(99)])
 
 
 # --- strength ------------------------------------------------------------------------------------
@@ -279,7 +162,7 @@ def test_tune_measures_a_curve_and_says_that_it_is_a_preview(model, fitted):
 
 
 def test_a_checked_strength_is_no_preview(model, fitted, monkeypatch):
-    monkeypatch.setattr(tuning, "neutral", lambda part: neutral(part)[:100])
+    monkeypatch.setattr(tuning.suites, "neutral", lambda part: neutral(part)[:100])
     real = Sampling
     monkeypatch.setattr(tuning, "Sampling", lambda n, t, s: real(3, t, s))
     tuned = tuning.tune(
@@ -291,7 +174,7 @@ def test_a_checked_strength_is_no_preview(model, fitted, monkeypatch):
 
 
 def test_the_curve_is_measured_on_the_tokens_of_the_check(model, fitted, monkeypatch):
-    monkeypatch.setattr(tuning, "neutral", lambda part: neutral(part)[:100])
+    monkeypatch.setattr(tuning.suites, "neutral", lambda part: neutral(part)[:100])
     real = Sampling
     monkeypatch.setattr(tuning, "Sampling", lambda n, t, s: real(3, t, s))
     backend = HF(model)
@@ -353,7 +236,7 @@ def test_the_layer_with_the_most_control_is_kept_and_the_table_recorded(model, m
     table = chosen.provenance["layers"]
     assert list(table) == ["0.residual", "2.residual"]
     assert str(next(iter(chosen.interventions))) == max(table, key=table.get)
-    own = tuning.fit(model, OPEN, "diffmean", sites=list(chosen.interventions))
+    own = fitting.fit(model, OPEN, "diffmean", sites=list(chosen.interventions))
     assert torch.equal(
         chosen.interventions.state_dict()[key := next(iter(own.interventions.state_dict()))],
         own.interventions.state_dict()[key],
@@ -414,10 +297,10 @@ def test_no_layer_that_spends_the_budget_is_an_error_that_names_each(model, monk
 
 def test_joint_tuning_holds_both_halves_to_the_budget(model, fitted, monkeypatch):
     prompts = tuple(Prompt(f"in-format-{n}", text) for n, text in enumerate(("one two", "three")))
-    monkeypatch.setattr(tuning, "in_format", lambda contrast, part: prompts)
+    monkeypatch.setattr(tuning.suites, "in_format", lambda contrast, part: prompts)
     backend = HF(model)
     sites = list(fitted.interventions)
-    neutral = backend.meter(backend.reference(tuning.neutral("validation"), None), sites)
+    neutral = backend.meter(backend.reference(tuning.suites.neutral("validation"), None), sites)
     half = backend.meter(backend.reference(prompts, None), sites)
     alone = tuning._search({"neutral_cost": neutral}, fitted, 0.05, silent)
     costs = {"neutral_cost": neutral, "in_format_cost": half}

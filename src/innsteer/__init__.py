@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from innsteer.errors import InnsteerError as InnsteerError
     from innsteer.evaluation import compare as compare
     from innsteer.evaluation import evaluate as evaluate
+    from innsteer.fitting import fit as fit
+    from innsteer.fitting import record as record
     from innsteer.models import LanguageModel as LanguageModel
     from innsteer.models import load_model as load_model
     from innsteer.report import Report as Report
@@ -27,8 +29,6 @@ if TYPE_CHECKING:
     from innsteer.steerer import Steerer as Steerer
     from innsteer.steerer import get as get
     from innsteer.steering import Steering as Steering
-    from innsteer.tuning import fit as fit
-    from innsteer.tuning import record as record
     from innsteer.tuning import tune as tune
 
 _HOME = {
@@ -49,8 +49,8 @@ _HOME = {
     "Steerer": "steerer",
     "get": "steerer",
     "Steering": "steering",
-    "fit": "tuning",
-    "record": "tuning",
+    "fit": "fitting",
+    "record": "fitting",
     "tune": "tuning",
 }
 __all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605

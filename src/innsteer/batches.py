@@ -46,6 +46,21 @@ def spread_rows(rows: Tensor, weight: Tensor) -> Tensor:
     return rows[torch.searchsorted(ends, middles)]
 
 
+def rows_by_weight(acts: Activations, site: Site) -> Tensor:
+    """Source and target rows of every behaviour's training part, each about as often as it weighs.
+
+    Their mean and spread are what a map's standardisation takes.
+    """
+    train = acts.where(split="train")
+    return torch.cat(
+        [
+            spread_rows(rows, weight)
+            for name in acts.behaviours
+            for rows, weight in zip(train.sides(site, name), weights(train, name), strict=True)
+        ]
+    )
+
+
 def split_rows(acts: Activations, site: Site, holdout: float, seed: int) -> Batches:
     """Training rows and held-out rows: the validation part, else whole items of the training part.
 

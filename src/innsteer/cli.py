@@ -57,14 +57,14 @@ def record(
 ) -> None:
     """Record the activations of a contrast's two sides."""
     require_absent(folder)
-    from innsteer import tuning
+    from innsteer import fitting
     from innsteer.contrast import Contrast
 
     sites, rule = _sites(layers), _read(read)
     with Bars(as_json) as progress:
         contrast = Contrast.load(data)
         language_model = _load(model)
-        acts = tuning.record_parts(
+        acts = fitting.record_parts(
             language_model, contrast, sites, **rule, folder=folder, progress=progress
         )
     found = {
@@ -109,7 +109,7 @@ def fit(
     if method not in shelf.names():
         raise UnknownName("method", method, shelf.names())
     fields = _fields(method, field or [])
-    from innsteer import tuning
+    from innsteer import fitting, tuning
     from innsteer.activations import Activations
     from innsteer.contrast import Contrast
     from innsteer.site import Where
@@ -129,7 +129,7 @@ def fit(
             _fitting(recorded, rows, contrast, data, together)
         language_model = _load(model)
         if recorded is not None:
-            steering = tuning.fit_rows(
+            steering = fitting.fit_rows(
                 language_model, steerer, recorded, where=place, seed=seed, progress=progress
             )
         elif len(sites) > 1 and not together:
@@ -144,7 +144,7 @@ def fit(
                 progress=progress,
             )
         else:
-            steering = tuning.fit(
+            steering = fitting.fit(
                 language_model,
                 contrast,
                 steerer,

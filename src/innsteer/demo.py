@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from innsteer import evaluation, tuning
+from innsteer import evaluation, fitting, tuning
 from innsteer.backends.base import Progress, silent
 from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast
@@ -70,13 +70,13 @@ def run(
     matmul = matmul_seconds()
     cpu = _cpu()
     contrast = _small(Contrast.load(BEHAVIOUR), seed)
-    sites = [tuning.default_site(model)]
-    acts = tuning.record_parts(model, contrast, sites, progress=progress)
+    sites = [fitting.default_site(model)]
+    acts = fitting.record_parts(model, contrast, sites, progress=progress)
     clock.lap("record")
     backend = HF(model)
     steerings: dict[str, Steering] = {}
     for name in METHODS:
-        fitted = tuning.fit_rows(model, get(name), acts, seed=seed, progress=progress)
+        fitted = fitting.fit_rows(model, get(name), acts, seed=seed, progress=progress)
         clock.lap(f"fit {name}")
         steerings[name] = tuning.tune(
             backend,

@@ -18,6 +18,7 @@ from innsteer.backends.hf import HF, Meter, instruct
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError
 from innsteer.figures import PROMPT_ONLY, RANDOM, UNSTEERED
+from innsteer.fitting import check_unseen
 from innsteer.interventions import Edit, Shift
 from innsteer.models import LanguageModel
 from innsteer.report import Cloud, DosePoint, Figure, Report, TokenTrail
@@ -25,7 +26,7 @@ from innsteer.site import Site
 from innsteer.steerer import Interventions
 from innsteer.steering import Steering
 from innsteer.suites.behaviour import Suite
-from innsteer.tuning import check_unseen, control, control_meter, control_metric
+from innsteer.tuning import control, control_meter, control_metric
 
 RANGES = ("0.01nat", "0.03nat", "budget")
 

@@ -223,7 +223,8 @@ def teach(
 ) -> None:
     """AdamW on a map's parameters in place: least |h' - end|^2 over the mean |end - start|^2.
 
-    A share of the rows is held out; the epoch that is best on it is kept.
+    A share of the rows is held out; the epoch that is best on it is kept. Few rows go in smaller
+    batches, or an epoch would be a single step.
 
     Raises:
         InputError: nothing to train, or a loss that is not finite.
@@ -234,6 +235,7 @@ def teach(
     order = torch.randperm(len(gap), generator=draw)
     cut = max(round(holdout * len(order)), 1)
     held, kept = order[:cut], order[cut:]
+    batch = min(batch, max(len(kept) // 8, 8))
     parameters = _trained(part)
 
     def loss(index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Through: what a fit sees of the model, against the engine's own figures and finite differences."""
+"""Through: what a fit sees of the model, against the engine's figures and finite differences."""
 
 from dataclasses import replace
 

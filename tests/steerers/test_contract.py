@@ -27,8 +27,15 @@ from innsteer.steering import Steering
 
 WIDTHS = {Site(1): 7, Site(3, "mlp"): 8}  # odd and even, two sites
 COUNT = 24
+SIDES = ("source", "target", "unmoved")
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float64: torch.int64}
 METHODS = {method["name"]: method for method in shelf.describe()}
+# Methods that push the way an item's key says: the means of their two sides are alike.
+CONDITIONAL = {
+    name
+    for name, method in METHODS.items()
+    if "gradients" in method["needs"] and "pairs" not in method["needs"]
+}
 
 every_method = pytest.mark.parametrize("name", METHODS)
 both_counts = pytest.mark.parametrize("k", [1, 2])
@@ -44,14 +51,36 @@ def recording(k: int = 1, *, seed: int = 0, split: str = "train") -> Activations
     Dimensions differ in spread as a residual's do.
     """
     draw = torch.Generator().manual_seed(seed)
-    sides, values = ("source", "target", "unmoved"), {site: [] for site in WIDTHS}
+    values = {site: [] for site in WIDTHS}
     for behaviour in range(k):
-        for side in range(len(sides)):
+        for side in range(len(SIDES)):
             for site, width in WIDTHS.items():
                 spread = torch.linspace(0.5, 4, width)
                 gap = spread * torch.cos(torch.arange(width) + 1.0 + behaviour) * 1.5
                 rows = torch.randn(COUNT, width, generator=draw) * spread
                 values[site].append(rows + (side % 2) * gap + 3 - 9 * (side // 2) * spread)
+    return of_parts(values, k, split)
+
+
+def seeking(k: int = 1, *, seed: int = 0) -> Activations:
+    """Target-seeking rows: pairs about rows that tell the key, apart the way the key says."""
+    draw = torch.Generator().manual_seed(seed)
+    values = {site: [] for site in WIDTHS}
+    key = torch.tensor([1.0, -1.0] * (COUNT // 2)).unsqueeze(1)
+    for behaviour in range(k):
+        for site, width in WIDTHS.items():
+            spread = torch.linspace(0.5, 4, width)
+            told = torch.eye(width)[-1 - behaviour]
+            lift = spread * torch.cos(torch.arange(width) + 1.0 + behaviour) * 0.75 * (1 - told)
+            rows = torch.randn(COUNT, width, generator=draw) * spread * (1 - told)
+            rows = rows + 3 + 3 * spread * told * key
+            still = torch.randn(COUNT, width, generator=draw) * spread + 3 - 9 * spread
+            values[site] += [rows - key * lift, rows + key * lift, still]
+    return of_parts(values, k)
+
+
+def of_parts(values: Mapping[Site, list[Tensor]], k: int, split: str = "train") -> Activations:
+    """A recording of parts of ``COUNT`` rows: the sides of each behaviour, one after the other."""
     records = [
         {
             "behaviour": f"b{b}",
@@ -62,11 +91,16 @@ def recording(k: int = 1, *, seed: int = 0, split: str = "train") -> Activations
             "split": split,
         }
         for b in range(k)
-        for side in sides
+        for side in SIDES
         for i in range(COUNT)
     ]
     joined = {site: torch.cat(parts) for site, parts in values.items()}
     return Activations(joined, Rows.of(records), tuple(f"b{b}" for b in range(k)))
+
+
+def given(name: str, k: int = 1) -> Activations:
+    """The recording that suits a method."""
+    return seeking(k) if name in CONDITIONAL else recording(k)
 
 
 def brief(name: str) -> Steerer:
@@ -76,8 +110,8 @@ def brief(name: str) -> Steerer:
 
 @cache
 def fitted(name: str, k: int) -> Steering:
-    """The method fitted on the recording of k behaviours."""
-    acts = recording(k)
+    """The method fitted on its recording of k behaviours."""
+    acts = given(name, k)
     return Steering(brief(name), brief(name).fit(acts), acts.behaviours)
 
 
@@ -245,6 +279,22 @@ def law_strength_points_from_source_to_target(part: Intervention, source: Tensor
     assert left(-1) > 1.2, "strength -1 does not lead away"
 
 
+def law_strength_points_from_each_source_to_its_target(
+    part: Intervention, source: Tensor, target: Tensor
+):
+    """The same pair by pair: strength 1 closes most of a pair's own gap, on the mean of pairs."""
+    ones = torch.ones(len(source), 1)
+    gap = target - source
+
+    def left(strength: float) -> float:
+        """The mean share of a pair's gap that is left, along it."""
+        apart = target - part(source, strength * ones)
+        return float(((apart * gap).sum(-1) / gap.square().sum(-1)).mean())
+
+    assert abs(left(1)) < 0.4, "strength 1 does not reach the targets"
+    assert left(-1) > 1.2, "strength -1 does not lead away"
+
+
 def law_row_weights_count(method: Steerer, acts: Activations):
     """Far rows turn the edit less the less they weigh; in closed form 2 is as good as twice."""
 
@@ -365,9 +415,11 @@ def test_another_seed_trains_another_map(name):
 
 @every_method
 def test_strength_points_from_source_to_target(name):
-    acts = recording()
+    acts, law = given(name), law_strength_points_from_source_to_target
+    if name in CONDITIONAL:
+        law = law_strength_points_from_each_source_to_its_target
     for site, part in fitted(name, 1).interventions.items():
-        law_strength_points_from_source_to_target(part, *acts.sides(site))
+        law(part, *acts.sides(site))
 
 
 @every_method
@@ -394,7 +446,7 @@ def test_a_recording_with_one_side_only_is_refused(name):
 
 @every_method
 def test_health_figures_are_finite_numbers(name):
-    figures = brief(name).diagnose(recording(), fitted(name, 1).interventions)
+    figures = brief(name).diagnose(given(name), fitted(name, 1).interventions)
     assert all(isinstance(value, float) and abs(value) < float("inf") for value in figures.values())
 
 
@@ -528,6 +580,18 @@ class CountsByRoot(RollsDice):
         return steerer.get("diffmean").fit(replace(acts, rows=root), seed=seed)
 
 
+class PushesByKey(Broken):
+    """Moves seeking rows the way their key says, but for a factor per key."""
+
+    def __init__(self, gap: Tensor, yes: float, no: float) -> None:
+        super().__init__(len(gap))
+        self.gap, self.factors = gap, (no, yes)
+
+    def displacement(self, h, coef):
+        told = (h[:, -1:] > 3).long()
+        return coef * torch.tensor(self.factors)[told] * self.gap
+
+
 both_ways = pytest.mark.parametrize(
     "broken", [MasksByProduct(), RoundsZeroRows()], ids=["bad rows", "rows without strength"]
 )
@@ -602,6 +666,21 @@ def test_the_law_of_the_arrow_catches_a_turned_sign():
     part.shifts[0] = source.mean(0) - target.mean(0)
     with pytest.raises(AssertionError, match="reach"):
         law_strength_points_from_source_to_target(part, source, target)
+
+
+@pytest.mark.parametrize(
+    ("yes", "no", "match"),
+    [(1, -1, None), (-1, 1, "reach"), (1, 1, "reach"), (1, 0, "reach"), (0, 0, "reach")],
+    ids=["as told", "turned sign", "constant vector", "one key alone", "nothing"],
+)
+def test_the_law_of_the_arrow_per_pair_catches_what_pushes_the_wrong_way(yes, no, match):
+    source, target = seeking().at(Site(1)).sides(Site(1))
+    part = PushesByKey((target - source)[0], yes, no)
+    if match is None:
+        law_strength_points_from_each_source_to_its_target(part, source, target)
+        return
+    with pytest.raises(AssertionError, match=match):
+        law_strength_points_from_each_source_to_its_target(part, source, target)
 
 
 def test_every_method_on_the_shelf_is_tested():

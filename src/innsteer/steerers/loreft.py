@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from innsteer.activations import Activations
+from innsteer.batches import rows_by_weight
 from innsteer.errors import InputError, UnknownName
 from innsteer.flows import Standardise
 from innsteer.site import Site
@@ -141,7 +142,9 @@ class LoReFT(Steerer):
         """Least squares on pairs of rows."""
         fitted = self._start(acts, seed)
         for site, part in fitted.items():
-            teach(part, lessons(acts, site), epochs=self.epochs, seed=seed)
+            # The bias is in activation units: small steps would not get there.
+            rate = 3e-2
+            teach(part, lessons(acts, site), epochs=self.epochs, learning_rate=rate, seed=seed)
         return _settled(fitted)
 
     def fit_through(self, run: Runner, *, seed: int = 0) -> Interventions:
@@ -164,13 +167,11 @@ class LoReFT(Steerer):
     def _start(self, acts: Activations, seed: int) -> Interventions:
         """No edit at all; random directions on the side that does not have to be zero for that."""
         fitted = self.build(acts.widths, len(acts.behaviours))
-        train = acts.where(split="train")
         for number, (site, part) in enumerate(fitted.items()):
             assert isinstance(part, LowRank)
             draw = torch.Generator().manual_seed(seed * 1009 + number)
-            rows = torch.cat([torch.cat(train.sides(site, name)) for name in acts.behaviours])
             scale = Standardise(part.width)
-            scale.initialise(rows)
+            scale.initialise(rows_by_weight(acts, site))
             part.mean.copy_(scale.mean)
             part.std.copy_(scale.std)
             random = torch.randn(part.write.shape, generator=draw) / math.sqrt(part.width)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from innsteer.activations import Activations
+from innsteer.batches import rows_by_weight
 from innsteer.errors import InputError
 from innsteer.flows import Standardise
 from innsteer.site import Site
@@ -106,14 +107,12 @@ class ResidualMLP(Steerer):
 
     def fit(self, acts: Activations, *, seed: int = 0) -> Interventions:
         """Least squares on pairs of rows."""
-        fitted, train = self.build(acts.widths, len(acts.behaviours)), acts.where(split="train")
+        fitted = self.build(acts.widths, len(acts.behaviours))
         for number, (site, part) in enumerate(fitted.items()):
             assert isinstance(part, Residual)
             draw = torch.Generator().manual_seed(seed * 1009 + number)
             scale = Standardise(part.width)
-            scale.initialise(
-                torch.cat([torch.cat(train.sides(site, name)) for name in acts.behaviours])
-            )
+            scale.initialise(rows_by_weight(acts, site))
             part.mean.copy_(scale.mean)
             part.std.copy_(scale.std)
             part.inner.copy_(torch.randn(part.inner.shape, generator=draw) / math.sqrt(part.width))

@@ -1,0 +1,288 @@
+"""Record and fit in one call: on recorded rows, or through the model."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from innsteer.activations import Activations, Read
+from innsteer.backends.base import Progress, Prompt, Sampling, silent
+from innsteer.backends.hf import HF
+from innsteer.backends.through import Through
+from innsteer.contrast import Contrast
+from innsteer.errors import InputError, LeakError, MismatchError
+from innsteer.files import read_json, write_json
+from innsteer.fingerprint import Fingerprint
+from innsteer.models import LanguageModel
+from innsteer.site import Site, Span, Where
+from innsteer.steerer import Interventions, Steerer, get
+from innsteer.steering import Steering
+from innsteer.suites import behaviour as suites
+
+ORIGIN = ("whole_contrast", "train_groups")
+"""What a recording of parts knows of its contrast: the hash, and digests of the fitted groups."""
+
+
+def default_site(model: LanguageModel) -> Site:
+    """Two thirds up: late enough to hold what is being said, early enough to be acted on.
+
+    On the embedded model that is block 19 of 30. A starting point: ``choose_layer`` compares.
+    """
+    return Site(max(2 * len(model.layout.blocks) // 3 - 1, 0))
+
+
+def record(
+    model: LanguageModel,
+    contrast: Contrast,
+    sites: Sequence[Site] = (),
+    *,
+    read: Read | None = None,
+    span: Span = (0, None),
+    folder: str | Path | None = None,
+    progress: Progress = silent,
+) -> Activations:
+    """Activations of a contrast's two sides.
+
+    Args:
+        sites: where; default: one site two thirds up.
+        read: which answer tokens become rows; default: their ``mean`` for open answers, ``last``
+            for choices. span: those of ``span``, half-open, counted from the answer's first token.
+        folder: also write the recording there, batch by batch; it must not exist.
+    """
+    chosen = read or ("last" if contrast.kind == "choice" else "mean")
+    where = sites or (default_site(model),)
+    return HF(model).record(
+        contrast, where, read=chosen, span=span, folder=folder, progress=progress
+    )
+
+
+def fit(
+    model: LanguageModel,
+    contrast: Contrast,
+    method: str | Steerer = "innsteer",
+    *,
+    sites: Sequence[Site] = (),
+    read: Read | None = None,
+    span: Span = (0, None),
+    folder: str | Path | None = None,
+    where: Where = Where(),  # noqa: B008
+    seed: int = 0,
+    progress: Progress = silent,
+    **fields: Any,
+) -> Steering:
+    """Record and fit in one call.
+
+    Args:
+        contrast: its training part is fitted; a validation part serves early stopping.
+        method: a name from ``innsteer.names()``, or a steerer.
+        sites: default: one site two thirds up. folder: also write the recording there.
+        **fields: of the method.
+
+    Returns:
+        A Steering that is not tuned: strength 1 is the fitted map.
+
+    Raises:
+        UnknownName: no such method or field.
+    """
+    steerer = get(method, **fields) if isinstance(method, str) else method
+    if steerer.through:
+        if read is not None or span != (0, None):
+            raise InputError(
+                f"a read rule for {steerer.name!r}, which is fitted through the model",
+                expected="none: its rows are those of the steered tokens",
+            )
+        run = through(model, contrast, sites, progress=progress)
+        return fit_run(
+            model, steerer, run, contrast, folder=folder, where=where, seed=seed, progress=progress
+        )
+    acts = record_parts(
+        model, contrast, sites, read=read, span=span, folder=folder, progress=progress
+    )
+    return fit_rows(model, steerer, acts, where=where, seed=seed, progress=progress)
+
+
+def through(
+    model: LanguageModel | HF,
+    contrast: Contrast,
+    sites: Sequence[Site] = (),
+    *,
+    unmoved: Sequence[Prompt] | None = None,
+    progress: Progress = silent,
+) -> Through:
+    """The model as a fit through it sees it: training and validation items, and what must not move.
+
+    Args:
+        sites: default: one site two thirds up.
+        unmoved: bare prompts whose answer an edit shall not change; default: for Yes/No questions
+            the package's unrelated statements in the contrast's own wording (their fitting part,
+            of which neither tuning nor evaluation sees a kind), for others none. Beside them stand
+            some of these statements as plain prompts, with the model's own answers.
+    """
+    backend = model if isinstance(model, HF) else HF(model)
+    items = tuple(item for item in contrast.items if item.split in ("train", "validation"))
+    if not any(item.split == "train" for item in items):
+        raise InputError(
+            f"contrast {contrast.behaviour!r} has no training items", expected="at least two"
+        )
+    bare = _unrelated(contrast) if unmoved is None else tuple(unmoved)
+    plain = suites.unmoved("fit", "{statement}")[::4]
+    references = [
+        *([backend.reference(bare, None)] if bare else []),
+        backend.reference(plain, Sampling(12, 1.0), progress=progress),
+    ]
+    where = sites or (default_site(backend.model),)
+    return Through(backend, [replace(contrast, items=items)], where, references, progress=progress)
+
+
+def _unrelated(contrast: Contrast) -> tuple[Prompt, ...]:
+    """Unrelated statements in a Yes/No contrast's own wording; () for other contrasts."""
+    yes_no = {item.key for item in contrast.items} <= {"Yes", "No"}
+    return suites.in_format(contrast, "fit") if yes_no and not contrast.builtin else ()
+
+
+def fit_run(
+    model: LanguageModel,
+    steerer: Steerer,
+    run: Through,
+    contrast: Contrast,
+    *,
+    folder: str | Path | None = None,
+    where: Where = Where(),  # noqa: B008
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Steering:
+    """Fit through the model, with provenance; ``folder`` keeps the target-seeking rows.
+
+    Raises:
+        InputError: another scope than ``generated``: kept prefixes end at the last prompt token.
+    """
+    if where != Where():
+        raise InputError(
+            f"scope {where} for {steerer.name!r}, which is fitted through the model",
+            expected="scope generated",
+        )
+    progress("fit", 0, 1)
+    started = time.perf_counter()
+    fitted = steerer.fit_through(run, seed=seed)
+    seconds = time.perf_counter() - started
+    progress("fit", 1, 1)
+    groups = {_digest(item.group) for item in contrast.items if item.split == "train"}
+    origin = dict(zip(ORIGIN, (contrast.hash, sorted(groups)), strict=True))
+    acts = run.rows()
+    acts = replace(acts, provenance={**acts.provenance, **origin})
+    if folder is not None:
+        acts.save(folder)
+    return _fitted(model, steerer, fitted, acts, where, seed, seconds)
+
+
+def fit_rows(
+    model: LanguageModel,
+    steerer: Steerer,
+    acts: Activations,
+    *,
+    where: Where = Where(),  # noqa: B008
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Steering:
+    """Fit on recorded rows, with provenance and the method's own diagnostics.
+
+    Raises:
+        MismatchError: the rows were recorded on another model.
+    """
+    recorded = acts.provenance.get("fingerprint")
+    if recorded and (other := Fingerprint(**recorded).differs(model.fingerprint)):
+        raise MismatchError(
+            f"these rows were recorded on {recorded['name']!r}, and {model.name!r} has another "
+            + ", ".join(other),
+            remedy="record them on this model",
+        )
+    progress("fit", 0, 1)
+    started = time.perf_counter()
+    fitted = steerer.fit(acts, seed=seed)
+    seconds = time.perf_counter() - started
+    progress("fit", 1, 1)
+    return _fitted(model, steerer, fitted, acts, where, seed, seconds)
+
+
+def _fitted(
+    model: LanguageModel,
+    steerer: Steerer,
+    fitted: Interventions,
+    acts: Activations,
+    where: Where,
+    seed: int,
+    seconds: float,
+) -> Steering:
+    """The steering of a fit on these rows."""
+    provenance = {
+        "recording": acts.hash,
+        "contrast": acts.provenance.get("contrast"),
+        "read": acts.read,
+        "seed": seed,
+        "rows": len(acts),
+        "fit_seconds": round(seconds, 3),
+        "torch": torch.__version__,
+        "diagnostics": steerer.diagnose(acts, fitted),
+        **{key: acts.provenance[key] for key in ORIGIN if key in acts.provenance},
+    }
+    return Steering(
+        steerer, fitted, acts.behaviours, where, model.fingerprint, provenance=provenance
+    )
+
+
+def record_parts(
+    model: LanguageModel,
+    contrast: Contrast,
+    sites: Sequence[Site] = (),
+    *,
+    read: Read | None = None,
+    span: Span = (0, None),
+    folder: str | Path | None = None,
+    progress: Progress = silent,
+) -> Activations:
+    """Rows of the training part and, for early stopping, of the validation part; never of test.
+
+    The provenance keeps the whole contrast's hash and digests of the training groups, on which
+    tuning and evaluation then refuse to measure (``check_unseen``).
+    """
+    kept = [item for item in contrast.items if item.split in ("train", "validation")]
+    if not any(item.split == "train" for item in kept):
+        raise InputError(
+            f"contrast {contrast.behaviour!r} has no training items", expected="at least two"
+        )
+    part = replace(contrast, items=tuple(kept))
+    acts = record(model, part, sites, read=read, span=span, folder=folder, progress=progress)
+    groups = {_digest(item.group) for item in kept if item.split == "train"}
+    origin = dict(zip(ORIGIN, (contrast.hash, sorted(groups)), strict=True))
+    acts = replace(acts, provenance={**acts.provenance, **origin})
+    if folder is not None:
+        head = Path(folder) / "activations.json"
+        write_json(head, read_json(head, "a finished recording") | {"provenance": acts.provenance})
+    return acts
+
+
+def check_unseen(steering: Steering, part: Contrast) -> None:
+    """Refuse items whose group the steering was fitted on; one that names no groups passes.
+
+    Raises:
+        LeakError: it counts the items and names the first.
+    """
+    fitted = set(steering.provenance.get("train_groups", ()))
+    seen = [item for item in part.items if _digest(item.group) in fitted]
+    if seen:
+        first = ", ".join(repr(item.id) for item in seen[:3]) + (", ..." if len(seen) > 3 else "")
+        raise LeakError(
+            f"this steering was fitted on the groups of {len(seen)} of {len(part)} {seen[0].split} "
+            f"items of {part.behaviour!r}: {first}",
+            expected="groups that the fit did not see",
+            remedy="use the file, split and seed that it was fitted with, or fit it again",
+        )
+
+
+def _digest(group: str) -> str:
+    """Short and one-way: an artifact says what it was fitted on without repeating the texts."""
+    return sha256(group.encode()).hexdigest()[:16]

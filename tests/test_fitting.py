@@ -1,0 +1,253 @@
+"""Recording and fitting in one call, on rows and through the model."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import tiny
+from innsteer import fitting, tuning
+from innsteer.activations import Activations
+from innsteer.backends.base import Prompt
+from innsteer.contrast import Contrast, Item
+from innsteer.errors import InputError, LeakError, MismatchError, UnknownName
+from innsteer.hooks import Attachment
+from innsteer.site import Site, Where
+from innsteer.steerer import get
+from innsteer.steering import Steering
+from words import contrast, yes_or_no
+
+OPEN, CHOICE = contrast(), contrast(yes_or_no)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.tiny_language_model()
+
+
+@pytest.fixture(scope="module")
+def fitted(model):
+    return fitting.fit(model, OPEN, "diffmean", sites=[Site(1)])
+
+
+# --- record and fit ------------------------------------------------------------------------------
+
+
+def test_the_default_site_is_two_thirds_up(model):
+    class Deep:
+        layout = type("Layout", (), {"blocks": range(30)})
+
+    assert fitting.default_site(Deep) == Site(19)
+    assert fitting.default_site(model) == Site(1)
+    Deep.layout.blocks = range(1)
+    assert fitting.default_site(Deep) == Site(0)
+
+
+def test_rows_are_those_of_training_and_validation_and_never_of_the_test_part(model):
+    acts = fitting.record_parts(model, OPEN)
+    assert set(acts.rows.split) == {"train", "validation"}
+    test = {item.id for item in OPEN.test.items}
+    assert test and not test & set(acts.rows.item)
+    assert len(acts) == 2 * (len(OPEN) - len(test))
+    assert acts.sites == (fitting.default_site(model),)
+
+
+def test_open_answers_are_meaned_and_choices_read_at_their_last_token(model):
+    assert fitting.record_parts(model, OPEN).read == "mean"
+    assert fitting.record_parts(model, CHOICE).read == "last"
+    assert fitting.record_parts(model, OPEN, read="last").read == "last"
+
+
+def test_a_contrast_without_training_items_is_refused(model):
+    with pytest.raises(InputError, match="no training items"):
+        fitting.record_parts(model, contrast(parts=("validation", "test")))
+
+
+def test_a_fit_says_where_it_comes_from(model):
+    acts = fitting.record_parts(model, OPEN, [Site(2)])
+    steering = fitting.fit_rows(model, get("diffmean"), acts, where=Where("all"), seed=3)
+    found = steering.provenance
+    assert found["recording"] == acts.hash
+    assert found["contrast"] == acts.provenance["contrast"]
+    assert (found["read"], found["seed"], found["rows"]) == ("mean", 3, len(acts))
+    assert steering.base == model.fingerprint and steering.where == Where("all")
+    assert steering.behaviours == ("formal-ish",) and steering.resolve() == 1.0
+
+
+def test_a_fit_knows_its_whole_contrast_and_the_groups_that_it_saw(model, fitted):
+    found = fitted.provenance
+    assert found["whole_contrast"] == OPEN.hash != found["contrast"]
+    groups = {item.group for item in OPEN.train.items}
+    assert len(found["train_groups"]) == len(groups)
+    assert found["train_groups"] == sorted(found["train_groups"])
+    assert not groups & set(found["train_groups"])
+    plain = fitting.record(model, OPEN, [Site(1)])
+    assert "train_groups" not in fitting.fit_rows(model, get("diffmean"), plain).provenance
+
+
+def test_a_recording_on_disk_is_the_one_that_is_fitted(model, fitted, tmp_path):
+    acts = fitting.record_parts(model, OPEN, [Site(1)], folder=tmp_path / "rows")
+    back = Activations.load(tmp_path / "rows")
+    assert (back.hash, back.provenance) == (acts.hash, acts.provenance)
+    again = fitting.fit_rows(model, get("diffmean"), back)
+    assert again.identity == fitted.identity
+    assert again.provenance["train_groups"] == fitted.provenance["train_groups"]
+    fitting.record(model, OPEN, [Site(1)], folder=tmp_path / "all")
+    fitting.fit(model, OPEN, "diffmean", sites=[Site(1)], folder=tmp_path / "fit")
+    assert len(Activations.load(tmp_path / "all")) == 2 * len(OPEN)
+    assert Activations.load(tmp_path / "fit").hash == acts.hash
+
+
+def test_what_was_fitted_is_no_place_to_measure(model, fitted):
+    fitting.check_unseen(fitted, OPEN.validation)
+    fitting.check_unseen(fitted, OPEN.test)
+    first = OPEN.train.items[0].id
+    with pytest.raises(LeakError, match=rf"of 9 of 9 train items of 'formal-ish': '{first}', "):
+        fitting.check_unseen(fitted, OPEN.train)
+    other = contrast(parts=("validation", "train", "test"))
+    with pytest.raises(LeakError, match="3 of 5 validation items"):
+        tuning.tune(model, fitted, other, preview=True)
+    unknown = replace(fitted, provenance={})
+    fitting.check_unseen(unknown, OPEN.train)
+
+
+def test_a_fit_on_some_training_items_is_tuned_on_the_same_validation_items(model):
+    kept = [*OPEN.train.subset(4).items, *OPEN.validation.items]
+    part = replace(OPEN, items=tuple(kept))
+    some = fitting.fit(model, part, "diffmean", sites=[Site(1)])
+    assert len(some.provenance["train_groups"]) == 4
+    assert tuning.tune(model, some, OPEN, preview=True, fractions=(1.0,)).calibration
+
+
+def test_tuning_on_another_behaviour_is_refused(model, fitted):
+    other = replace(OPEN, behaviour="curt")
+    with pytest.raises(InputError, match="'curt' for a steering of 'formal-ish'"):
+        tuning.tune(model, fitted, other, preview=True)
+
+
+def test_fit_takes_a_name_with_fields_or_a_steerer(model, fitted):
+    same = fitting.fit(model, OPEN, get("diffmean"), sites=[Site(1)])
+    assert same.identity == fitted.identity
+    with pytest.raises(UnknownName, match="field of method 'diffmean'"):
+        fitting.fit(model, OPEN, "diffmean", hidden=3)
+
+
+def test_rows_of_another_model_are_refused(model):
+    acts = fitting.record_parts(tiny.tiny_language_model(seed=1), OPEN)
+    with pytest.raises(MismatchError, match="recorded on 'tiny-llama'.*another weights"):
+        fitting.fit_rows(model, get("diffmean"), acts)
+
+
+def test_a_layer_that_is_not_there_is_refused(model):
+    with pytest.raises(InputError, match="layer 99 of a model with 4 blocks"):
+        fitting.fit(model, OPEN, "diffmean", sites=[Site(99)])
+
+
+# --- through the model ---------------------------------------------------------------------------
+
+
+def stated() -> Contrast:
+    """Yes/No questions about a statement, in one wording."""
+    names = "Tea Rain Salt Dusk Iron Wool Jazz Rope Clay Mint Oak Fern Lime Sage Hay Ash".split()
+    items = []
+    for n, name in enumerate(names):
+        key, other = ("Yes", "No") if n % 2 else ("No", "Yes")
+        prompt = f'Do you say this?\n"{name} is what {names[-n]} wants"\nYes or No.'
+        part = ("train", "train", "validation", "test")[n // 2 % 4]
+        items.append(Item(f"{n}", prompt, other, key, key, f"group-{n}", part))
+    return Contrast("likes", "choice", tuple(items))
+
+
+@pytest.fixture(scope="module")
+def asked():
+    return stated()
+
+
+@pytest.fixture(scope="module")
+def sought(model, asked):
+    return fitting.fit(model, asked, objective="target", sites=[Site(1)], polish=2)
+
+
+def test_a_fit_through_the_model_steers_saves_and_says_what_it_saw(model, asked, sought, tmp_path):
+    assert sought.provenance["whole_contrast"] == asked.hash
+    assert sought.provenance["diagnostics"]["round_trip_64"] < 1e-12
+    again = Steering.load(sought.save(tmp_path / "sought"))
+    assert again.identity == sought.identity
+    part = sought.interventions[Site(1)]
+    run = fitting.through(model, asked, [Site(1)])
+    rows = run.rows()
+    source, target = rows.pairs(Site(1))
+    middle = (source + target) / 2
+    moved = part(middle, torch.ones(len(middle), 1)) - middle
+    assert moved.norm(dim=-1).min() > 0
+    still = rows.unmoved(Site(1))
+    left = part(still, torch.ones(len(still), 1)) - still
+    assert len(still) == 160 and left.norm(dim=-1).mean() < moved.norm(dim=-1).mean()
+
+
+def test_a_run_sees_no_test_item_and_the_fitting_part_of_the_unmoved_statements(model, asked):
+    run = fitting.through(model, asked, [Site(1)])
+    assert not run.items("test")
+    assert len(run.items("train")) == len(asked.train) and run.items("validation")
+    # 160 statements in the contrast's wording, and every fourth of them as a plain prompt.
+    assert len(run.unmoved) == 200
+    own = fitting.through(model, asked, [Site(1)], unmoved=[Prompt("a", "one"), Prompt("b", "two")])
+    assert len(own.unmoved) == 42 and len(own.rows().unmoved(Site(1))) == 2
+
+
+def test_open_answers_have_no_statements_to_leave_alone(model):
+    run = fitting.through(model, OPEN, [Site(1)])
+    assert len(run.rows().unmoved(Site(1))) == 0 and len(run.unmoved) == 40
+
+
+def test_what_a_fit_through_the_model_saw_is_no_place_to_measure(asked, sought):
+    with pytest.raises(LeakError):
+        fitting.check_unseen(sought, asked.train)
+    fitting.check_unseen(sought, asked.test)
+
+
+def test_a_fit_through_the_model_keeps_its_rows_where_asked(model, asked, tmp_path):
+    folder = tmp_path / "rows"
+    steering = fitting.fit(model, asked, "condgrad", sites=[Site(1)], folder=folder)
+    assert Activations.load(folder).hash == steering.provenance["recording"]
+
+
+@pytest.mark.parametrize(
+    ("how", "what"),
+    [
+        ({"read": "mean"}, "read rule"),
+        ({"span": (0, 2)}, "read rule"),
+        ({"where": Where("all")}, "scope"),
+    ],
+)
+def test_reads_and_scopes_that_a_fit_through_the_model_cannot_honour_are_refused(
+    model, asked, how, what
+):
+    with pytest.raises(InputError, match=what):
+        fitting.fit(model, asked, "condgrad", sites=[Site(1)], **how)
+
+
+def test_a_fit_through_the_model_without_training_items_is_refused(model):
+    with pytest.raises(InputError, match="no training items"):
+        fitting.fit(model, contrast(yes_or_no, parts=("validation", "test")), "condgrad")
+
+
+def test_every_layer_of_a_choice_is_fitted_through_the_model(model, asked, monkeypatch):
+    class Tuned:
+        behaviours = ("likes",)
+        calibration = {
+            "likes": type("Curve", (), {"at_budget": type("Dose", (), {"control": 0.7})})
+        }
+
+    monkeypatch.setattr(tuning, "tune", lambda *args, **how: Tuned())
+    chosen = tuning.choose_layer(model, asked, "condgrad", [Site(1), Site(2)])
+    assert list(chosen.provenance["layers"]) == ["1.residual", "2.residual"]
+
+
+def test_the_fitted_map_changes_what_the_model_answers(model, asked, sought):
+    prompt = asked.test.items[0].prompt
+    ids = torch.tensor([model.encode(prompt).ids])
+    plain = model.model(ids).logits[0, -1]
+    with Attachment(model, [sought.edit(1.0)], prompt_lengths=[ids.shape[1]]) as attached:
+        steered = model.model(ids).logits[0, -1]
+    assert attached.trace.touched == 1 and not torch.equal(plain, steered)
