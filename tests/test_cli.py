@@ -77,7 +77,7 @@ def fitted(home):
     steering = fitting.fit(model, data, "diffmean", sites=[Site(1)])
     steering.save(home / "raw")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning.suites, "neutral", lambda part: suites.neutral(part)[:6])
+        patch.setattr(suites, "neutral", lambda part, every=suites.neutral: every(part)[:6])
         tuning.tune(model, steering, data, preview=True, search_tokens=60).save(home / "tuned")
     return home / "tuned"
 

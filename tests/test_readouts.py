@@ -8,7 +8,7 @@ import torch
 
 from innsteer.activations import Activations, Rows
 from innsteer.errors import InputError
-from innsteer.readouts import GRID, Aims, aims, direction, probe
+from innsteer.readouts import GRID, Aims, aims, mean_lift, probe
 from innsteer.site import Site
 
 SITE = Site(0)
@@ -117,7 +117,7 @@ def test_the_direction_is_that_of_the_keyed_lifts_and_as_long_as_one():
     way = torch.tensor([0.6, 0.8, 0.0]).double()
     keys = torch.tensor([1.0, -1.0] * 20).double()
     lifts = 3 * keys[:, None] * way + 0.01 * draw(40, 3)
-    found = direction(given(draw(40, 3), lifts, keys))
+    found = mean_lift(given(draw(40, 3), lifts, keys))
     torch.testing.assert_close(found, 3 * way, rtol=0, atol=0.01)
     # Lifts without their keys cancel: the usual misreading.
     assert lifts.mean(0).norm() < 0.02
@@ -125,22 +125,22 @@ def test_the_direction_is_that_of_the_keyed_lifts_and_as_long_as_one():
 
 def test_a_long_lift_has_no_more_say_on_the_way_than_a_short_one():
     lifts = torch.tensor([[100.0, 0.0], [0.0, 1.0]])
-    found = direction(given(draw(2, 2), lifts, [1, 1]))
+    found = mean_lift(given(draw(2, 2), lifts, [1, 1]))
     assert found[0].item() == pytest.approx(found[1].item())
 
 
 def test_lifts_across_the_direction_do_not_make_it_longer():
     lifts = torch.tensor([[2.0, 1.0], [2.0, -1.0]])
     torch.testing.assert_close(
-        direction(given(draw(2, 2), lifts, [1, 1])), torch.tensor([2.0, 0.0]).double()
+        mean_lift(given(draw(2, 2), lifts, [1, 1])), torch.tensor([2.0, 0.0]).double()
     )
 
 
 def test_weights_count_in_the_direction():
     lifts = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert direction(given(lifts, lifts, [1, 1], [1.0, 0.0])).tolist() == [1, 0]
-    twice = direction(given(lifts[[0, 0, 1]], lifts[[0, 0, 1]], [1, 1, 1]))
-    torch.testing.assert_close(direction(given(lifts, lifts, [1, 1], [2.0, 1.0])), twice)
+    assert mean_lift(given(lifts, lifts, [1, 1], [1.0, 0.0])).tolist() == [1, 0]
+    twice = mean_lift(given(lifts[[0, 0, 1]], lifts[[0, 0, 1]], [1, 1, 1]))
+    torch.testing.assert_close(mean_lift(given(lifts, lifts, [1, 1], [2.0, 1.0])), twice)
 
 
 # --- probe ---------------------------------------------------------------------------------------
@@ -219,7 +219,7 @@ def test_weights_count_in_the_probe():
 
 def test_a_dimension_that_does_not_vary_is_survived():
     part = keyed(40)
-    part.rows[:, 3] = 8192.25
+    part.rows[:, 3], part.rows[:, 2] = 8192.25, 0.0
     weight, bias = probe(part)
     assert torch.isfinite(weight).all() and np.isfinite(bias)
     assert ((part.rows @ weight + bias) * part.keys > 0).double().mean() > 0.95

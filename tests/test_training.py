@@ -323,11 +323,24 @@ def test_lessons_go_there_and_back_and_stay():
     there = [source + gap, source, calm, source - gap, source, calm]
     torch.testing.assert_close(given.end, torch.cat(there))
     assert given.coef.tolist() == [
-        *[[1.0, 0.0]] * 3, *[[-1.0, 0.0]] * 3, *[[1.0, 0.0]] * 2,
-        *[[0.0, 1.0]] * 3, *[[0.0, -1.0]] * 3, *[[0.0, 1.0]] * 2,
+        *[[1.0, 0.0]] * 3, *[[-1.0, 0.0]] * 3, [1.0, 0.0], [-1.0, 0.0],
+        *[[0.0, 1.0]] * 3, *[[0.0, -1.0]] * 3, [0.0, 1.0], [0.0, -1.0],
     ]  # fmt: skip
     plain = torch.tensor([1.0, 2, 3, 1, 2, 3, 1, 1, *[1.0] * 8])
     torch.testing.assert_close(given.weight, plain / plain.mean())
+    # There and back are held out together, or a held-out row would be known from its way back.
+    assert given.pair.tolist() == [0, 1, 2, 0, 1, 2, 3, 4, 5, 6, 7, 5, 6, 7, 8, 9]
+
+
+def test_lessons_may_have_other_ends_than_the_rows():
+    source = draw(3, 2)
+    given = lessons(
+        Activations.of_sides(source, source + 4),
+        Site(0),
+        lambda middle, one: (middle - one.sum(), middle + one.sum()),
+    )
+    torch.testing.assert_close(given.start, torch.cat([source + 1, source + 3]))
+    torch.testing.assert_close(given.end, torch.cat([source + 3, source + 1]))
 
 
 def test_lessons_are_of_the_training_part_and_of_pairs():

@@ -71,7 +71,7 @@ def _first(names: np.ndarray, mask: np.ndarray) -> list[tuple[int, str]]:
     return [(int(n), str(names[n])) for n in np.flatnonzero(mask)]
 
 
-def direction(part: Aims) -> Tensor:
+def mean_lift(part: Aims) -> Tensor:
     """g ``[d]``: the weighted mean of unit lifts towards the first answer, as long as a lift.
 
     The unit gradients of log P(Yes) - log P(No) nearly all point one way. Times the key they would

@@ -176,37 +176,54 @@ def _trained(module: nn.Module) -> list[nn.Parameter]:
 class Lessons(NamedTuple):
     """What a map shall do to rows: from ``start`` to ``end`` under ``coef``; still rows stay.
 
-    ``weight`` is each row's, with mean 1.
+    ``weight`` is each row's, with mean 1. ``pair`` numbers what is held out together.
     """
 
     start: Tensor
     end: Tensor
     coef: Tensor
     weight: Tensor
+    pair: Tensor
 
 
-def lessons(acts: Activations, site: Site) -> Lessons:
+Ends = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Where a pair's ends lie, from its middle ``[n, d]`` and its behaviour's row ``[1, k]``."""
+
+
+def lessons(acts: Activations, site: Site, ends: Ends | None = None) -> Lessons:
     """The training pairs of every behaviour, there at strength 1 and back at -1, and unmoved rows.
+
+    Args:
+        ends: other ends of the pairs than the rows' own.
 
     Raises:
         InputError: a behaviour without pairs.
     """
     k = len(acts.behaviours)
-    parts = []
+    parts, count = [], 0
     for column, behaviour in enumerate(acts.behaviours):
         own = aims(acts.where(split="train"), site, behaviour)
-        low, high = (own.rows - own.lifts / 2).float(), (own.rows + own.lifts / 2).float()
         still = acts.where(split="train").unmoved(site, behaviour)
         one = torch.zeros(1, k)
         one[0, column] = 1.0
-        weight = own.weight.float()
+        low, high = (own.rows - own.lifts / 2).float(), (own.rows + own.lifts / 2).float()
+        if ends is not None:
+            low, high = ends(own.rows.float(), one)
+        weight, pair = own.weight.float(), count + torch.arange(len(low))
+        count += len(low) + len(still)
+        stays = torch.ones(len(still)), count - len(still) + torch.arange(len(still))
+        # A still row is held under either sign, in turn.
+        either = one * (1 - 2 * (torch.arange(len(still)) % 2)).unsqueeze(-1)
         parts += [
-            Lessons(low, high, one.expand(len(low), -1), weight),
-            Lessons(high, low, -one.expand(len(low), -1), weight),
-            Lessons(still, still, one.expand(len(still), -1), torch.ones(len(still))),
+            Lessons(low, high, one.expand(len(low), -1), weight, pair),
+            Lessons(high, low, -one.expand(len(low), -1), weight, pair),
+            Lessons(still, still, either, *stays),
         ]
     found = Lessons(*(torch.cat(column) for column in zip(*parts, strict=True)))
     return found._replace(weight=found.weight / found.weight.mean())
+
+
+Also = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def teach(
@@ -219,12 +236,18 @@ def teach(
     weight_decay: float = 1e-4,
     holdout: float = 0.15,
     patience: int = 15,
+    transport: float = 1.0,
+    also: Also | None = None,
     seed: int = 0,
 ) -> None:
     """AdamW on a map's parameters in place: least |h' - end|^2 over the mean |end - start|^2.
 
-    A share of the rows is held out; the epoch that is best on it is kept. Few rows go in smaller
+    A share of the pairs is held out; the epoch that is best on it is kept. Few rows go in smaller
     batches, or an epoch would be a single step.
+
+    Args:
+        transport: weight of the distance.
+        also: a further term, of a batch's rows, its moves ``h' - h`` and the wanted ones.
 
     Raises:
         InputError: nothing to train, or a loss that is not finite.
@@ -232,16 +255,19 @@ def teach(
     draw = torch.Generator().manual_seed(seed)
     gap = (given.end - given.start).square().sum(-1)
     scale = gap[gap > 0].mean() if (gap > 0).any() else torch.ones(())
-    order = torch.randperm(len(gap), generator=draw)
-    cut = max(round(holdout * len(order)), 1)
-    held, kept = order[:cut], order[cut:]
+    count = int(given.pair.max()) + 1
+    aside = torch.randperm(count, generator=draw)[: max(round(holdout * count), 1)]
+    out = torch.isin(given.pair, aside)
+    held, kept = out.nonzero().squeeze(-1), (~out).nonzero().squeeze(-1)
     batch = min(batch, max(len(kept) // 8, 8))
     parameters = _trained(part)
 
     def loss(index: Tensor) -> Tensor:
         h = given.start[index]
-        left = part.displacement(h, given.coef[index]) - (given.end[index] - h)
-        return (given.weight[index] * left.square().sum(-1)).mean() / scale
+        moved, wanted = part.displacement(h, given.coef[index]), given.end[index] - h
+        left = (moved - wanted).square().sum(-1)
+        value = transport * (given.weight[index] * left).mean() / scale
+        return value if also is None else value + also(h, moved, wanted)
 
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
     rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs)

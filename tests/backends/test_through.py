@@ -142,6 +142,16 @@ def test_the_strength_of_an_item_goes_into_the_column_of_its_behaviour(model):
     assert start == len(numbers) == 4 + 4 + 4
 
 
+def test_whole_rows_of_coefficients_mix_behaviours(llama):
+    run = Through(HF(llama), [choice(), free()], BOTH)
+    maps, numbers = shift(llama, *BOTH, k=2), run.items("train", "yes")
+    coef = torch.tensor([[0.5, -1.0], [0.0, 1.0], [0.7, 0.0], [-0.2, 0.3]])
+    got = run.answers(maps, numbers, coef)
+    want = summed(llama, choice(), maps, torch.cat([coef, coef[:1]]))
+    for side in (0, 1):
+        close(got[side], want[side][:4])
+
+
 def test_an_item_can_be_asked_at_several_strengths_at_once_in_any_order(llama):
     run = Through(HF(llama), [free()], [LOW])
     maps = shift(llama, LOW)

@@ -774,9 +774,14 @@ def test_open_items_give_a_constant_push_without_a_gate():
     assert float(edit[0].norm()) == pytest.approx(float(mean.norm()), rel=0.02)
 
 
-@pytest.mark.parametrize("still", [0, 1])
-def test_without_unmoved_rows_or_with_the_gate_left_out_it_is_open(still):
-    acts = seeking(still=still)
+def test_one_unmoved_row_is_too_few_for_a_gate():
+    with pytest.raises(InputError, match="one unmoved row"):
+        INNSteer(**AIM).fit(seeking(still=1))
+    INNSteer(**AIM, gate=False).fit(seeking(still=1))
+
+
+def test_without_unmoved_rows_or_with_the_gate_left_out_it_is_open():
+    acts = seeking(still=0)
     parts = [
         INNSteer(**AIM).fit(acts)[Site(3)],
         INNSteer(**AIM, gate=False).fit(seeking())[Site(3)],

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from innsteer.activations import Activations
 from innsteer.errors import InputError
-from innsteer.readouts import GRID, aims, direction, probe
+from innsteer.readouts import GRID, aims, mean_lift, probe
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions, Steerer
 
@@ -104,7 +104,7 @@ class CondGrad(Steerer):
             assert isinstance(part, Conditional)
             for row, behaviour in enumerate(acts.behaviours):
                 own = aims(acts, site, behaviour)
-                part.write[row] = direction(own)
+                part.write[row] = mean_lift(own)
                 if not own.choice:
                     part.bias[row] = 20.0  # tanh of it is 1 in float32
                     continue

@@ -68,7 +68,7 @@ class GatedMethod(Steerer):
     trained: ClassVar[bool] = False
 
     method: str = "diffmean"
-    config: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict, hash=False)
     statements: Statements = "sides"
     gate: Kind = "lda"
     shrinkage: float = 0.1

@@ -24,10 +24,10 @@ from innsteer.flows import (
 )
 from innsteer.gating import fit_gate
 from innsteer.interventions import Latent, trainable
-from innsteer.readouts import Aims, aims, direction, probe
+from innsteer.readouts import Aims, aims, mean_lift, probe
 from innsteer.site import Site
-from innsteer.steerer import Interventions, Runner, Steerer, side_means
-from innsteer.training import best_scale, train_through
+from innsteer.steerer import Intervention, Interventions, Runner, Steerer, side_means
+from innsteer.training import best_scale, lessons, teach, train_through
 
 Objective = Literal["classes", "target"]
 Family = Literal["translation", "shear"]
@@ -87,11 +87,12 @@ class INNSteer(Steerer):
     the answers' log-odds (``Runner.rows``), a shear is set in closed form from them (write
     direction: the mean gradient; readout: a logistic probe of the matching answer; gate: a shrunken
     LDA of the items' rows against rows that must not move), and ``polish`` steps through the frozen
-    model follow. The readouts see only what the edit leaves alone, so strengths add, -s undoes s
-    and log-det is 0. With ``couplings`` a deeper flow is taught the same field by
+    model follow. The readouts see only what the edit leaves alone, so strengths add and -s undoes
+    s. With ``couplings`` a deeper flow is taught the same field, both ways along each pair, unmoved
+    rows staying, by
         transport * |h' - h+|^2 / mean |gap|^2 + direction * (1 - cos(h' - h, gap))
-    both ways along each pair, unmoved rows staying, plus the terms above. A translation has no
-    fixed point and can only imitate one; the shear has them.
+    plus the likelihood and log-det terms; a share of the training pairs is held out to stop it. A
+    translation has no fixed point and can only imitate one; the shear has them.
 
     Not to be confused with a flow-matching velocity field (FLAS, TruthFlow): f is a bijection.
     Row weights count in the draw of batches, the start of f, the held-out loss and the means of v;
@@ -126,7 +127,8 @@ class INNSteer(Steerer):
         units: readouts of a shear per behaviour. write: coordinates that a shear writes, shared by
             all behaviours; 0 = as many as there are behaviours, at most 4.
         kappa: how sharply a shear's first readout decides, in standard deviations of the probe.
-        gate: close the shear on rows unlike the items', where unmoved rows are given.
+        gate: close the shear on rows unlike the items', where unmoved rows are given and the items
+            are choices.
         apart: the items of the behaviours that are fitted together count as unmoved for each other,
             so that a behaviour's gate opens on its own items alone.
         shrinkage, quantile, slope: of the gate, see ``gating.fit_gate``.
@@ -204,6 +206,13 @@ class INNSteer(Steerer):
         for name, kind in {"objective": Objective, "family": Family}.items():
             if getattr(self, name) is not None and getattr(self, name) not in get_args(kind):
                 raise UnknownName(name, getattr(self, name), get_args(kind))
+        # Settled here, so that an artifact outlives a change of the recipes.
+        recipe = RECIPES[self.objective] | (
+            {"couplings": 4} if self.family == "translation" else {}
+        )
+        for name, value in recipe.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)
         for least, names in ranges.items():
             for name in names:
                 # "not >=" so that NaN is refused too
@@ -236,16 +245,8 @@ class INNSteer(Steerer):
             )
 
     def _of(self, name: str) -> Any:
-        """A field, or the objective's own value where it is left open."""
-        value = getattr(self, name)
-        return self._open.get(name) if value is None else value
-
-    @property
-    def _open(self) -> dict[str, Any]:
-        recipe = dict(RECIPES[self.objective])
-        if self.objective == "target" and self.family == "translation":
-            recipe["couplings"] = 4
-        return recipe
+        """A field that was left open or given: ``__post_init__`` has settled it."""
+        return getattr(self, name)
 
     @property
     def _shears(self) -> bool:
@@ -328,6 +329,11 @@ class INNSteer(Steerer):
             for _, part in maps.items():
                 part.requires_grad_(True)
                 _freeze_gates(part)
+                assert isinstance(part, Latent) and isinstance(part.flow, Chain | Subspace)
+                if self._shears and isinstance(part.flow, Chain):
+                    # Couplings that move would move what the gate reads.
+                    for flow in part.flow.parts[:-1]:
+                        flow.requires_grad_(False)
             train_through(
                 run,
                 maps,
@@ -372,7 +378,7 @@ class INNSteer(Steerer):
         shear = self._closed_form(acts, site, parts, seed)
         if not self._of("couplings"):
             return shear
-        return self._teach(acts, site, parts, shear, seed)
+        return self._teach(acts, site, shear, seed)
 
     @torch.no_grad()
     def _closed_form(self, acts: Activations, site: Site, parts: list[Aims], seed: int) -> Latent:
@@ -385,7 +391,7 @@ class INNSteer(Steerer):
         assert isinstance(standardise, Standardise) and isinstance(rotate, Householder)
         standardise.initialise(torch.cat([part.rows for part in parts]).float())
         spread = standardise.std.double()
-        writes = torch.stack([direction(part) for part in parts]) / spread
+        writes = torch.stack([mean_lift(part) for part in parts]) / spread
         rotate.vectors.copy_(_reflections(_span(writes, parts, spread, r)))
         step = Shear(width, r, k, self.units)
         for row in range(k):
@@ -398,7 +404,8 @@ class INNSteer(Steerer):
 
         The flow and its split are kept: a new behaviour writes what of its mean gradient lies in
         the written coordinates, and costs one row of latent parameters, (2 d + units d) floats.
-        It is neither scaled nor polished: tune it.
+        It is neither scaled nor polished: tune it. ``apart`` tells new behaviours from each other
+        alone.
 
         Raises:
             InputError: a map that is no shear, or rows of other sites.
@@ -409,7 +416,7 @@ class INNSteer(Steerer):
                 f"rows at {', '.join(map(str, acts.sites))}",
                 expected="rows at the sites of the fitted map: " + ", ".join(map(str, parts)),
             )
-        grown = {}
+        grown: dict[Site, Intervention] = {}
         for site, part in parts.items():
             simple = isinstance(part, Latent) and isinstance(part.step, Shear)
             if not simple or self._of("couplings"):
@@ -419,13 +426,13 @@ class INNSteer(Steerer):
                     remedy="fit all behaviours together",
                 )
             assert isinstance(part, Latent) and isinstance(part.step, Shear)
-            k, _, r = part.step.write.shape
-            step = Shear(part.width, r, k + len(acts.behaviours), self.units)
+            k, units, r = part.step.write.shape
+            step, flow = Shear(part.width, r, k + len(acts.behaviours), units), part.flow
             for name, tensor in part.step.named_parameters():
                 step.get_parameter(name)[:k] = tensor
             for n in range(len(acts.behaviours)):
-                self._set_row(part.flow, step, k + n, acts, site, n, seed)
-            grown[site] = Latent(part.flow, step)
+                self._set_row(flow, step, k + n, acts, site, n, seed)
+            grown[site] = Latent(copy.deepcopy(flow), step)
         return Interventions(grown).eval().requires_grad_(False)
 
     def _set_row(
@@ -442,7 +449,7 @@ class INNSteer(Steerer):
         behaviour, exact = acts.behaviours[column], copy.deepcopy(flow).double()
         part, held = (aims(acts, site, behaviour, name) for name in ("train", "validation"))
         r = step.write.shape[-1]
-        step.write[row, 0] = _turned(exact, direction(part)[None])[0, :r]
+        step.write[row, 0] = _turned(exact, mean_lift(part)[None])[0, :r]
         inner = part._replace(rows=exact(part.rows)[:, r:])
         kept = held._replace(rows=exact(held.rows)[:, r:])
         self._read(step, row, inner, kept, seed)
@@ -451,7 +458,13 @@ class INNSteer(Steerer):
             others = [name for name in acts.behaviours if name != behaviour]
             still = torch.cat([still, *(aims(acts, site, name).rows for name in others)])
         still = exact(still)[:, r:]
-        if not (self.gate and part.choice and len(still) > 1):
+        if self.gate and part.choice and len(still) == 1:
+            raise InputError(
+                f"one unmoved row of {behaviour!r}",
+                expected="two at least, many better, to fit a gate",
+                remedy="give more unmoved prompts, or gate=False",
+            )
+        if not (self.gate and part.choice and len(still)):
             step.gate_bias[row] = OPEN
             return
         step.gate[row], step.gate_bias[row] = fit_gate(
@@ -480,59 +493,39 @@ class INNSteer(Steerer):
         step.read[row, 0] = self.kappa * weight / sigma
         step.read_bias[row, 0] = self.kappa * bias / sigma
 
-    def _teach(
-        self, acts: Activations, site: Site, parts: list[Aims], shear: Latent, seed: int
-    ) -> Latent:
+    def _teach(self, acts: Activations, site: Site, shear: Latent, seed: int) -> Latent:
         """Train a deeper flow to move each pair's ends onto each other and to leave the rest."""
-        k, rng = len(parts), torch.Generator().manual_seed(seed)
-        low, high, which = [], [], []
-        for row, part in enumerate(parts):
-            half = torch.zeros(len(part.rows), k)
-            half[:, row] = 0.5
-            middle = part.rows.float()
+
+        def ends(middle: Tensor, one: Tensor) -> tuple[Tensor, Tensor]:
+            half = 0.5 * one.expand(len(middle), -1)
             with torch.no_grad():
-                ends = (
-                    (shear(middle, -half), shear(middle, half))
-                    if self.denoised
-                    else (middle - part.lifts.float() / 2, middle + part.lifts.float() / 2)
-                )
-            low.append(ends[0])
-            high.append(ends[1])
-            which.append(2 * half)
-        train = acts.where(split="train")
-        still = [train.unmoved(site, behaviour) for behaviour in acts.behaviours]
-        start = torch.cat([*low, *high, *still])
-        end = torch.cat([*high, *low, *still])
-        ones = torch.eye(k)
-        coef = torch.cat(
-            [*which, *(-part for part in which)]
-            + [ones[row].expand(len(part), -1) for row, part in enumerate(still)]
-        )
-        size = (end - start).square().sum(-1)
-        gap = size[size > 0].mean().clamp_min(1e-12)
-        fitted = self._started(acts, site, shear, torch.cat([*low, *high]), seed)
-        order = torch.randperm(len(start), generator=rng)
-        cut = max(round(self.holdout * len(order)), 1)
-        held, kept = order[:cut], order[cut:]
+                return shear(middle, -half), shear(middle, half)
 
-        def loss(index: Tensor) -> Tensor:
-            # A still row has no direction to follow: it is held from both sides instead.
-            sign = torch.where(size[index] > 0, 1.0, 2.0 * (index % 2) - 1).unsqueeze(-1)
-            h = start[index]
-            moved = fitted.displacement(h, sign * coef[index])
-            wanted = end[index] - h
-            value = self._of("transport") * (moved - wanted).square().sum(-1).mean() / gap
-            moving = size[index] > 0
-            if self._of("direction") and moving.any():
+        given = lessons(acts, site, ends if self.denoised else None)
+        fitted = self._started(acts, site, shear, given.start, seed)
+        transport, along = self._of("transport"), self._of("direction")
+
+        def also(h: Tensor, moved: Tensor, wanted: Tensor) -> Tensor:
+            value = self._tame(fitted.flow, h)
+            moving = wanted.square().sum(-1) > 0
+            if along and moving.any():
                 cosine = nn.functional.cosine_similarity(moved[moving], wanted[moving], dim=-1)
-                value = value + self._of("direction") * (1 - cosine).mean()
-            whole: Tensor = value + self._tame(fitted.flow, h)
-            return whole
+                value = value + along * (1 - cosine).mean()
+            return value
 
-        def batch() -> Tensor:
-            return loss(kept[torch.randint(len(kept), (self.batch,), generator=rng)])
-
-        self._descend(fitted, batch, lambda: loss(held), len(kept))
+        teach(
+            fitted,
+            given,
+            transport=transport,
+            also=also,
+            epochs=self.epochs,
+            batch=self.batch,
+            learning_rate=self.learning_rate,
+            weight_decay=self.weight_decay,
+            holdout=self.holdout,
+            patience=self.patience,
+            seed=seed,
+        )
         return fitted
 
     def _started(
