@@ -359,7 +359,7 @@ def polished(fit: Fit, steps: int = POLISH) -> Fit:
 
     def polish(cell: Cell) -> Interventions:
         maps = fit(cell)
-        scale = best_scale(cell.fit, maps)
+        scale, _ = best_scale(cell.fit, maps)
         part = maps[SITE]
         inner = part.inner if isinstance(part, Gated) else part
         with torch.no_grad():

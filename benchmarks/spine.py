@@ -229,7 +229,7 @@ def recording() -> list[Figure]:
     ]
 
 
-def fitting() -> list[Figure]:
+def fit_times() -> list[Figure]:
     """INNSteer on 500 pairs of real rows, with early stopping and with the full schedule."""
     model = load_model("smollm2")
     site = fitting.default_site(model)
@@ -298,7 +298,7 @@ PARTS: dict[str, Callable[[], list[Figure]]] = {
     "control": control,
     "exact": exact,
     "speed": speed,
-    "fitting": fitting,
+    "fitting": fit_times,
     "recording": recording,
     "demo": demo_cpu,
     "fresh": fresh,

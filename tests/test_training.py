@@ -259,8 +259,11 @@ def test_without_validation_items_the_training_items_are_taken(run):
 class Peaked(Told):
     """Answers are likeliest at a strength, the one for the target at +best, the other at -best."""
 
-    def __init__(self, best):
-        self.best, self.asked = best, []
+    def __init__(self, best, key="Yes"):
+        self.best, self.key, self.asked = best, key, []
+
+    def keys(self, items):
+        return [self.key for _ in items]
 
     def items(self, split="train", behaviour=None):
         return {"train": [0, 1], "validation": [2, 3, 4]}[split]
@@ -271,23 +274,33 @@ class Peaked(Told):
         return Answers(-((strength - self.best) ** 2), -((strength + self.best) ** 2))
 
 
-@pytest.mark.parametrize("best", [0.5, 2.0, 6.0])
+@pytest.mark.parametrize("best", [0.5, 2.0, 4.5])
 def test_the_best_scale_is_the_grids_best_on_validation_items(best):
     run = Peaked(best + 0.1)
-    assert best_scale(run, push()) == best
+    scale, gain = best_scale(run, push())
+    assert scale == best and gain == pytest.approx(math.exp(-0.01))
     assert set(run.asked) == {2, 3, 4}
-    assert best_scale(run, push(), (1.0, 3.0)) == (1.0 if best < 2 else 3.0)
+    assert best_scale(run, push(), (1.0, 3.0))[0] == (1.0 if best < 2 else 3.0)
 
 
-def test_the_best_scale_of_a_map_is_the_one_with_the_least_loss(run):
+def test_the_gain_on_open_answers_is_a_log_probability():
+    assert best_scale(Peaked(2.0, key=""), push()) == (2.0, 0.0)
+
+
+def test_the_best_scale_of_a_map_is_the_one_with_the_most_right_answers(run):
     maps = push()
     train_through(run, maps, steps=20, every=10, learning_rate=0.05, unmoved=0)
-    grid, losses = (0.1, 1.0, 3.0, 20.0), {}
+    grid, gains, held = (0.1, 1.0, 3.0, 20.0), {}, run.items("validation")
     for scale in grid:
         own = push()
         own[SITE].vector.data = scale * maps[SITE].vector.data
-        losses[scale] = held_out(run, own)
-    assert best_scale(run, maps, grid) == min(losses, key=losses.get)
+        with torch.no_grad():
+            towards = run.answers(own, held, [1.0] * len(held)).target
+            away = run.answers(own, held, [-1.0] * len(held)).source
+        right = torch.cat([towards, away])
+        gains[scale] = float((right if "" in run.keys(held) else right.exp()).mean())
+    found, gain = best_scale(run, maps, grid)
+    assert found == max(gains, key=gains.get) and gain == pytest.approx(gains[found], rel=1e-4)
 
 
 # --- on rows -------------------------------------------------------------------------------------

@@ -152,17 +152,23 @@ def train_through(
 def best_scale(
     run: Runner,
     maps: Interventions,
-    scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0),
-) -> float:
-    """The strength of a grid with the best validation loss: a line search along the map's path."""
+    scales: Sequence[float] = (0.5, 1.0, 1.5, 2.0, 3.0, 4.5),
+) -> tuple[float, float]:
+    """A line search along the map's path: the best strength of a grid, and its gain.
+
+    The gain is the mean probability of the answer steered for, of both signs, on the validation
+    items; for open answers, of next to no probability, the mean log-probability.
+    """
     held = run.items("validation") or run.items("train")
+    open_ended = "" in run.keys(held)
     found = {}
     with torch.no_grad():
         for scale in scales:
             both = run.answers(maps, [*held, *held], [scale] * len(held) + [-scale] * len(held))
             right = torch.cat([both.target[: len(held)], both.source[len(held) :]])
-            found[scale] = float(-right.mean())
-    return min(found, key=lambda scale: found[scale])
+            found[scale] = float((right if open_ended else right.exp()).mean())
+    best = max(found, key=lambda scale: found[scale])
+    return best, found[best]
 
 
 def _trained(module: nn.Module) -> list[nn.Parameter]:

@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -126,7 +126,8 @@ class INNSteer(Steerer):
         holdout: share of the training pairs held out when no validation rows are given.
         units: readouts of a shear per behaviour. write: coordinates that a shear writes, shared by
             all behaviours; 0 = as many as there are behaviours, at most 4.
-        kappa: how sharply a shear's first readout decides, in standard deviations of the probe.
+        kappa: how sharply a shear's first readout decides, in standard deviations of the probe; a
+            fit through the model also tries half and twice as much, and keeps what validation says.
         gate: close the shear on rows unlike the items', where unmoved rows are given and the items
             are choices.
         apart: the items of the behaviours that are fitted together count as unmoved for each other,
@@ -134,6 +135,8 @@ class INNSteer(Steerer):
         shrinkage, quantile, slope: of the gate, see ``gating.fit_gate``.
         denoised: teach couplings the closed form's field rather than the raw gradients.
         polish: steps through the frozen model, the best validation state is kept; 0 = none.
+        polish_reads: let them move the readouts too. They overfit: on 600 statements the validation
+            loss ends higher than with write directions and lengths alone.
         polish_rate: their learning rate. polish_batch: items per step.
         polish_unmoved: weight of the divergence on unmoved sequences meanwhile.
 
@@ -192,6 +195,7 @@ class INNSteer(Steerer):
     slope: float = 6.0
     denoised: bool = True
     polish: int = 80
+    polish_reads: bool = False
     polish_rate: float = 3e-3
     polish_batch: int = 32
     polish_unmoved: float = 1.0
@@ -316,19 +320,29 @@ class INNSteer(Steerer):
         return fitted.eval().requires_grad_(False)
 
     def fit_through(self, run: Runner, *, seed: int = 0) -> Interventions:
-        """Fit on target-seeking rows, choose how far strength 1 goes, and polish."""
+        """Fit on target-seeking rows, choose how sharp and how far strength 1 is, and polish."""
         maps = self.fit(run.rows(), seed=seed)
-        scale = best_scale(run, maps)
+        steps = [part.step for _, part in maps.items() if isinstance(part, Latent)]
+        tried: list[tuple[float, float, float]] = []
+        sharper = (0.5, 1.0, 2.0) if self._shears and not self._of("couplings") else (1.0,)
+        for factor in sharper:
+            _sharpen(steps, factor)
+            scale, gain = best_scale(run, maps)
+            _sharpen(steps, 1 / factor)
+            tried.append((gain, factor, scale))
+        _, factor, scale = max(tried)
+        _sharpen(steps, factor)
         with torch.no_grad():
-            for _, part in maps.items():
-                assert isinstance(part, Latent)
-                step = part.step
+            for step in steps:
                 assert isinstance(step, Shear | Translation)
                 (step.write if isinstance(step, Shear) else step.shifts).mul_(scale)
         if self.polish:
             for _, part in maps.items():
                 part.requires_grad_(True)
                 _freeze_gates(part)
+                if isinstance(part, Latent) and isinstance(part.step, Shear):
+                    part.step.read.requires_grad_(self.polish_reads)
+                    part.step.read_bias.requires_grad_(self.polish_reads)
                 assert isinstance(part, Latent) and isinstance(part.flow, Chain | Subspace)
                 if self._shears and isinstance(part.flow, Chain):
                     # Couplings that move would move what the gate reads.
@@ -727,6 +741,15 @@ def _translated(acts: Activations, site: Site, flow: Flow) -> Latent:
             source, target = side_means(train, site, behaviour, through=flow)
             step.shifts[row] = target - source
     return Latent(flow, step)
+
+
+@torch.no_grad()
+def _sharpen(steps: Sequence[nn.Module], factor: float) -> None:
+    """Make the readouts of shears decide more sharply."""
+    for step in steps:
+        if isinstance(step, Shear):
+            step.read[:, 0].mul_(factor)
+            step.read_bias[:, 0].mul_(factor)
 
 
 def _freeze_gates(part: nn.Module) -> None:
