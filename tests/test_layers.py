@@ -11,9 +11,9 @@ HOUSE = Path(__file__).resolve().parents[1] / "src" / "innsteer"
 # From the ground up; each knows those before it. ``__init__`` is the door, not a room.
 ROOMS = """
     errors files site groups formats contrast activations fingerprint layout smollm2 models
-    flows shelf steerer readouts interventions gating training batches hooks steerers calibration
-    steering
-    backends metrics suites fitting tuning figures pages report evaluation demo cli
+    flows shelf steerer readouts interventions gating shears training batches hooks steerers
+    calibration steering backends metrics suites fitting tuning figures pages report evaluation
+    demo cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 

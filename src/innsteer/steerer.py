@@ -155,8 +155,8 @@ class Steerer(ABC):
     """The fitted half: a frozen dataclass of hyper-parameters, every field with a default.
 
     Class variables describe the method for people and tools; they are literals, because the shelf
-    is read without importing it. ``needs`` is any of ``pairs``, ``classes``, ``keys`` (choices),
-    ``gradients`` (target-seeking rows), ``unmoved`` (rows to leave alone), ``model``.
+    is read without importing it. ``needs`` is any of ``pairs``, ``classes``,
+    ``gradients`` (target-seeking rows), ``model``.
     """
 
     paper: ClassVar[str]

@@ -2,8 +2,8 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -22,11 +22,10 @@ from innsteer.flows import (
     Translation,
     coupling_stack,
 )
-from innsteer.gating import fit_gate
 from innsteer.interventions import Latent, trainable
-from innsteer.readouts import Aims, aims, mean_lift, probe
+from innsteer.shears import ShearFit, freeze_gates, sharpen
 from innsteer.site import Site
-from innsteer.steerer import Intervention, Interventions, Runner, Steerer, side_means
+from innsteer.steerer import Interventions, Runner, Steerer, side_means
 from innsteer.training import best_scale, lessons, teach, train_through
 
 Objective = Literal["classes", "target"]
@@ -35,8 +34,6 @@ Mixing = Literal["permute", "alternate", "householder", "lu"]
 Activation = Literal["relu", "tanh", "gelu"]
 Form = Literal["distance", "margin", "fisher", "cosine"]
 
-OPEN = 20.0
-"""A bias at which tanh and sigmoid are 1 to float32's round-off."""
 # What a field that is left open means, by objective.
 RECIPES: dict[str, dict[str, Any]] = {
     "classes": {
@@ -253,6 +250,19 @@ class INNSteer(Steerer):
         return getattr(self, name)
 
     @property
+    def _shear(self) -> ShearFit:
+        """The part of the fields that sets a shear."""
+        return ShearFit(**{field.name: getattr(self, field.name) for field in fields(ShearFit)})
+
+    def extend(self, fitted: Interventions, acts: Activations, *, seed: int = 0) -> Interventions:
+        """Add the behaviours of target-seeking rows to fitted shears; see ``ShearFit.extend``.
+
+        Raises:
+            InputError: a map that is no plain shear, or rows of other sites.
+        """
+        return self._shear.extend(fitted, acts, seed=seed)
+
+    @property
     def _shears(self) -> bool:
         return bool(self._of("family") == "shear")
 
@@ -326,12 +336,12 @@ class INNSteer(Steerer):
         tried: list[tuple[float, float, float]] = []
         sharper = (0.5, 1.0, 2.0) if self._shears and not self._of("couplings") else (1.0,)
         for factor in sharper:
-            _sharpen(steps, factor)
+            sharpen(steps, factor)
             scale, gain = best_scale(run, maps)
-            _sharpen(steps, 1 / factor)
+            sharpen(steps, 1 / factor)
             tried.append((gain, factor, scale))
         _, factor, scale = max(tried)
-        _sharpen(steps, factor)
+        sharpen(steps, factor)
         with torch.no_grad():
             for step in steps:
                 assert isinstance(step, Shear | Translation)
@@ -339,7 +349,7 @@ class INNSteer(Steerer):
         if self.polish:
             for _, part in maps.items():
                 part.requires_grad_(True)
-                _freeze_gates(part)
+                freeze_gates(part)
                 if isinstance(part, Latent) and isinstance(part.step, Shear):
                     part.step.read.requires_grad_(self.polish_reads)
                     part.step.read_bias.requires_grad_(self.polish_reads)
@@ -388,124 +398,10 @@ class INNSteer(Steerer):
 
     def _fit_target(self, acts: Activations, site: Site, seed: int) -> Latent:
         """A shear in closed form; couplings, where asked for, learn its field."""
-        parts = [aims(acts, site, behaviour) for behaviour in acts.behaviours]
-        shear = self._closed_form(acts, site, parts, seed)
+        shear = self._shear.closed_form(acts, site, seed=seed)
         if not self._of("couplings"):
             return shear
         return self._teach(acts, site, shear, seed)
-
-    @torch.no_grad()
-    def _closed_form(self, acts: Activations, site: Site, parts: list[Aims], seed: int) -> Latent:
-        """Write along the mean gradients, read the key and the gate from what is left."""
-        k, width = len(parts), acts.widths[site]
-        pairs = sum(len(part.rows) for part in parts)
-        r = min(self.write or min(k, 4), width - 1, pairs)
-        flow = Chain([Standardise(width), Householder(width, reflections=r)])
-        standardise, rotate = flow.parts
-        assert isinstance(standardise, Standardise) and isinstance(rotate, Householder)
-        standardise.initialise(torch.cat([part.rows for part in parts]).float())
-        spread = standardise.std.double()
-        writes = torch.stack([mean_lift(part) for part in parts]) / spread
-        rotate.vectors.copy_(_reflections(_span(writes, parts, spread, r)))
-        step = Shear(width, r, k, self.units)
-        for row in range(k):
-            self._set_row(flow, step, row, acts, site, row, seed)
-        return Latent(flow, step)
-
-    @torch.no_grad()
-    def extend(self, fitted: Interventions, acts: Activations, *, seed: int = 0) -> Interventions:
-        """Add the behaviours of some target-seeking rows to fitted shears; the others stay.
-
-        The flow and its split are kept: a new behaviour writes what of its mean gradient lies in
-        the written coordinates, and costs one row of latent parameters, (2 d + units d) floats.
-        It is neither scaled nor polished: tune it. ``apart`` tells new behaviours from each other
-        alone.
-
-        Raises:
-            InputError: a map that is no shear, or rows of other sites.
-        """
-        parts = dict(fitted.items())
-        if set(parts) != set(acts.sites):
-            raise InputError(
-                f"rows at {', '.join(map(str, acts.sites))}",
-                expected="rows at the sites of the fitted map: " + ", ".join(map(str, parts)),
-            )
-        grown: dict[Site, Intervention] = {}
-        for site, part in parts.items():
-            simple = isinstance(part, Latent) and isinstance(part.step, Shear)
-            if not simple or self._of("couplings"):
-                raise InputError(
-                    f"site {site}: a map that is no plain shear",
-                    expected="a fitted shear without couplings",
-                    remedy="fit all behaviours together",
-                )
-            assert isinstance(part, Latent) and isinstance(part.step, Shear)
-            k, units, r = part.step.write.shape
-            step, flow = Shear(part.width, r, k + len(acts.behaviours), units), part.flow
-            for name, tensor in part.step.named_parameters():
-                step.get_parameter(name)[:k] = tensor
-            for n in range(len(acts.behaviours)):
-                self._set_row(flow, step, k + n, acts, site, n, seed)
-            grown[site] = Latent(copy.deepcopy(flow), step)
-        return Interventions(grown).eval().requires_grad_(False)
-
-    def _set_row(
-        self,
-        flow: Flow,
-        step: Shear,
-        row: int,
-        acts: Activations,
-        site: Site,
-        column: int,
-        seed: int,
-    ) -> None:
-        """One behaviour's latent parameters, in the coordinates of a flow that is affine."""
-        behaviour, exact = acts.behaviours[column], copy.deepcopy(flow).double()
-        part, held = (aims(acts, site, behaviour, name) for name in ("train", "validation"))
-        r = step.write.shape[-1]
-        step.write[row, 0] = _turned(exact, mean_lift(part)[None])[0, :r]
-        inner = part._replace(rows=exact(part.rows)[:, r:])
-        kept = held._replace(rows=exact(held.rows)[:, r:])
-        self._read(step, row, inner, kept, seed)
-        still = acts.where(split="train").unmoved(site, behaviour).double()
-        if self.apart:
-            others = [name for name in acts.behaviours if name != behaviour]
-            still = torch.cat([still, *(aims(acts, site, name).rows for name in others)])
-        still = exact(still)[:, r:]
-        if self.gate and part.choice and len(still) == 1:
-            raise InputError(
-                f"one unmoved row of {behaviour!r}",
-                expected="two at least, many better, to fit a gate",
-                remedy="give more unmoved prompts, or gate=False",
-            )
-        if not (self.gate and part.choice and len(still)):
-            step.gate_bias[row] = OPEN
-            return
-        step.gate[row], step.gate_bias[row] = fit_gate(
-            inner.rows,
-            still,
-            kind="lda",
-            held=kept.rows if len(kept.rows) > 1 else None,
-            shrinkage=self.shrinkage,
-            quantile=self.quantile,
-            slope=self.slope,
-            weights=part.weight,
-        )
-
-    def _read(self, step: Shear, row: int, own: Aims, held: Aims, seed: int) -> None:
-        """Set a behaviour's readouts: the first decides the key, the others start at nothing."""
-        draw = torch.Generator().manual_seed(seed + row)
-        edge = 1 / math.sqrt(step.read.shape[-1])
-        step.read[row, 1:] = edge * torch.randn(step.read[row, 1:].shape, generator=draw)
-        if not own.choice:
-            step.read_bias[row, 0] = OPEN
-            return
-        weight, bias = probe(own, held, seed=seed)
-        share = own.weight / own.weight.sum()
-        reads = own.rows @ weight + bias
-        sigma = (share @ (reads - share @ reads).square()).sqrt().clamp_min(1e-30)
-        step.read[row, 0] = self.kappa * weight / sigma
-        step.read_bias[row, 0] = self.kappa * bias / sigma
 
     def _teach(self, acts: Activations, site: Site, shear: Latent, seed: int) -> Latent:
         """Train a deeper flow to move each pair's ends onto each other and to leave the rest."""
@@ -554,7 +450,7 @@ class INNSteer(Steerer):
             assert isinstance(fitted.flow, Chain) and isinstance(shear.flow, Chain)
             for end in (0, -1):
                 fitted.flow.parts[end].load_state_dict(shear.flow.parts[end].state_dict())
-            _freeze_gates(fitted)
+            freeze_gates(fitted)
             return fitted
         flow = self._based_flow(acts, site, seed)
         flow.initialise(rows)
@@ -741,44 +637,6 @@ def _translated(acts: Activations, site: Site, flow: Flow) -> Latent:
             source, target = side_means(train, site, behaviour, through=flow)
             step.shifts[row] = target - source
     return Latent(flow, step)
-
-
-@torch.no_grad()
-def _sharpen(steps: Sequence[nn.Module], factor: float) -> None:
-    """Make the readouts of shears decide more sharply."""
-    for step in steps:
-        if isinstance(step, Shear):
-            step.read[:, 0].mul_(factor)
-            step.read_bias[:, 0].mul_(factor)
-
-
-def _freeze_gates(part: nn.Module) -> None:
-    """Training leaves gates alone: free ones unlearn the kinds of text they were not shown."""
-    if isinstance(part, Latent) and isinstance(part.step, Shear):
-        part.step.gate.requires_grad_(False)
-        part.step.gate_bias.requires_grad_(False)
-
-
-def _turned(flow: Flow, moves: Tensor) -> Tensor:
-    """Displacements of rows in an affine flow's latent coordinates."""
-    there, origin = flow.forward(torch.cat([moves, torch.zeros_like(moves)])).chunk(2)
-    return there - origin
-
-
-def _span(writes: Tensor, parts: list[Aims], spread: Tensor, rank: int) -> Tensor:
-    """Orthonormal ``[d, rank]``: the write directions first, then where single gradients lead."""
-    lifts = torch.cat([part.lifts * part.keys.unsqueeze(-1) for part in parts]) / spread
-    first = nn.functional.normalize(writes, dim=-1) * math.sqrt(len(lifts)) * 10
-    stacked = torch.cat([first, nn.functional.normalize(lifts, dim=-1)])
-    found: Tensor = torch.linalg.svd(stacked, full_matrices=False).Vh[:rank].mT
-    return found
-
-
-def _reflections(basis: Tensor) -> Tensor:
-    """Householder vectors ``[r, d]`` whose product has the basis as its first r columns."""
-    packed, _ = torch.geqrf(basis)
-    vectors = packed.tril(-1) + torch.eye(*basis.shape, dtype=basis.dtype)
-    return vectors.mT.contiguous()
 
 
 def _copy(flow: nn.Module) -> dict[str, Tensor]:

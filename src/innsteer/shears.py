@@ -1,0 +1,187 @@
+"""Shears set in closed form from rows that seek their target, and grown behaviour by behaviour."""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from innsteer.activations import Activations
+from innsteer.errors import InputError
+from innsteer.flows import Chain, Flow, Householder, Shear, Standardise
+from innsteer.gating import fit_gate
+from innsteer.interventions import Latent
+from innsteer.readouts import Aims, aims, mean_lift, probe
+from innsteer.site import Site
+from innsteer.steerer import Intervention, Interventions
+
+OPEN = 20.0
+"""A bias at which tanh and sigmoid are 1 to float32's round-off."""
+
+
+@dataclass(frozen=True)
+class ShearFit:
+    """How a shear is set; the fields are INNSteer's of the same names."""
+
+    units: int = 1
+    write: int = 0
+    kappa: float = 2.0
+    gate: bool = True
+    apart: bool = False
+    shrinkage: float = 0.1
+    quantile: float = 0.02
+    slope: float = 6.0
+
+    @torch.no_grad()
+    def closed_form(self, acts: Activations, site: Site, *, seed: int = 0) -> Latent:
+        """Write along the mean gradients, read the key and the gate from what is left."""
+        parts = [aims(acts, site, behaviour) for behaviour in acts.behaviours]
+        k, width = len(parts), acts.widths[site]
+        pairs = sum(len(part.rows) for part in parts)
+        r = min(self.write or min(k, 4), width - 1, pairs)
+        flow = Chain([Standardise(width), Householder(width, reflections=r)])
+        standardise, rotate = flow.parts
+        assert isinstance(standardise, Standardise) and isinstance(rotate, Householder)
+        standardise.initialise(torch.cat([part.rows for part in parts]).float())
+        spread = standardise.std.double()
+        writes = torch.stack([mean_lift(part) for part in parts]) / spread
+        rotate.vectors.copy_(_reflections(_span(writes, parts, spread, r)))
+        step = Shear(width, r, k, self.units)
+        for row in range(k):
+            self._set_row(flow, step, row, acts, site, row, seed)
+        return Latent(flow, step)
+
+    @torch.no_grad()
+    def extend(self, fitted: Interventions, acts: Activations, *, seed: int = 0) -> Interventions:
+        """Add the behaviours of some target-seeking rows to fitted shears; the others stay.
+
+        The flow and its split are kept: a new behaviour writes what of its mean gradient lies in
+        the written coordinates, and costs one row of latent parameters, (2 d + units d) floats.
+        It is neither scaled nor polished: tune it. ``apart`` tells new behaviours from each other
+        alone.
+
+        Raises:
+            InputError: a map that is no shear, or rows of other sites.
+        """
+        parts = dict(fitted.items())
+        if set(parts) != set(acts.sites):
+            raise InputError(
+                f"rows at {', '.join(map(str, acts.sites))}",
+                expected="rows at the sites of the fitted map: " + ", ".join(map(str, parts)),
+            )
+        grown: dict[Site, Intervention] = {}
+        for site, part in parts.items():
+            old, flow = getattr(part, "step", None), getattr(part, "flow", None)
+            # Couplings between the two would bend what is read and written.
+            if not (isinstance(old, Shear) and isinstance(flow, Chain) and len(flow.parts) == 2):
+                raise InputError(
+                    f"site {site}: a map that is no plain shear",
+                    expected="a fitted shear without couplings",
+                    remedy="fit all behaviours together",
+                )
+            k, units, r = old.write.shape
+            step = Shear(part.width, r, k + len(acts.behaviours), units)
+            for name, tensor in old.named_parameters():
+                step.get_parameter(name)[:k] = tensor
+            for n in range(len(acts.behaviours)):
+                self._set_row(flow, step, k + n, acts, site, n, seed)
+            grown[site] = Latent(copy.deepcopy(flow), step)
+        return Interventions(grown).eval().requires_grad_(False)
+
+    def _set_row(
+        self,
+        flow: Flow,
+        step: Shear,
+        row: int,
+        acts: Activations,
+        site: Site,
+        column: int,
+        seed: int,
+    ) -> None:
+        """One behaviour's latent parameters, in the coordinates of a flow that is affine."""
+        behaviour, exact = acts.behaviours[column], copy.deepcopy(flow).double()
+        part, held = (aims(acts, site, behaviour, name) for name in ("train", "validation"))
+        r = step.write.shape[-1]
+        step.write[row, 0] = _turned(exact, mean_lift(part)[None])[0, :r]
+        inner = part._replace(rows=exact(part.rows)[:, r:])
+        kept = held._replace(rows=exact(held.rows)[:, r:])
+        self._read(step, row, inner, kept, seed)
+        still = acts.where(split="train").unmoved(site, behaviour).double()
+        if self.apart:
+            others = [name for name in acts.behaviours if name != behaviour]
+            still = torch.cat([still, *(aims(acts, site, name).rows for name in others)])
+        still = exact(still)[:, r:]
+        if self.gate and part.choice and len(still) == 1:
+            raise InputError(
+                f"one unmoved row of {behaviour!r}",
+                expected="two at least, many better, to fit a gate",
+                remedy="give more unmoved prompts, or gate=False",
+            )
+        if not (self.gate and part.choice and len(still)):
+            step.gate_bias[row] = OPEN
+            return
+        step.gate[row], step.gate_bias[row] = fit_gate(
+            inner.rows,
+            still,
+            kind="lda",
+            held=kept.rows if len(kept.rows) > 1 else None,
+            shrinkage=self.shrinkage,
+            quantile=self.quantile,
+            slope=self.slope,
+            weights=part.weight,
+        )
+
+    def _read(self, step: Shear, row: int, own: Aims, held: Aims, seed: int) -> None:
+        """Set a behaviour's readouts: the first decides the key, the others start at nothing."""
+        draw = torch.Generator().manual_seed(seed + row)
+        edge = 1 / math.sqrt(step.read.shape[-1])
+        step.read[row, 1:] = edge * torch.randn(step.read[row, 1:].shape, generator=draw)
+        if not own.choice:
+            step.read_bias[row, 0] = OPEN
+            return
+        weight, bias = probe(own, held, seed=seed)
+        share = own.weight / own.weight.sum()
+        reads = own.rows @ weight + bias
+        sigma = (share @ (reads - share @ reads).square()).sqrt().clamp_min(1e-30)
+        step.read[row, 0] = self.kappa * weight / sigma
+        step.read_bias[row, 0] = self.kappa * bias / sigma
+
+
+def _turned(flow: Flow, moves: Tensor) -> Tensor:
+    """Displacements of rows in an affine flow's latent coordinates."""
+    there, origin = flow.forward(torch.cat([moves, torch.zeros_like(moves)])).chunk(2)
+    return there - origin
+
+
+def _span(writes: Tensor, parts: list[Aims], spread: Tensor, rank: int) -> Tensor:
+    """Orthonormal ``[d, rank]``: the write directions first, then where single gradients lead."""
+    lifts = torch.cat([part.lifts * part.keys.unsqueeze(-1) for part in parts]) / spread
+    first = nn.functional.normalize(writes, dim=-1) * math.sqrt(len(lifts)) * 10
+    stacked = torch.cat([first, nn.functional.normalize(lifts, dim=-1)])
+    found: Tensor = torch.linalg.svd(stacked, full_matrices=False).Vh[:rank].mT
+    return found
+
+
+def _reflections(basis: Tensor) -> Tensor:
+    """Householder vectors ``[r, d]`` whose product has the basis as its first r columns."""
+    packed, _ = torch.geqrf(basis)
+    vectors = packed.tril(-1) + torch.eye(*basis.shape, dtype=basis.dtype)
+    return vectors.mT.contiguous()
+
+
+@torch.no_grad()
+def sharpen(steps: Sequence[nn.Module], factor: float) -> None:
+    """Make the readouts of shears decide more sharply."""
+    for step in steps:
+        if isinstance(step, Shear):
+            step.read[:, 0].mul_(factor)
+            step.read_bias[:, 0].mul_(factor)
+
+
+def freeze_gates(part: nn.Module) -> None:
+    """Training leaves gates alone: free ones unlearn the kinds of text they were not shown."""
+    if isinstance(part, Latent) and isinstance(part.step, Shear):
+        part.step.gate.requires_grad_(False)
+        part.step.gate_bias.requires_grad_(False)
