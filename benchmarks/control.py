@@ -14,6 +14,7 @@ in-format cost too; every figure is of the test part. See the arms below for wha
 """
 
 import argparse
+import itertools
 import json
 import math
 import platform
@@ -355,19 +356,23 @@ def gated(name: str, **fields: Any) -> Fit:
 
 
 def polished(fit: Fit, steps: int = POLISH) -> Fit:
-    """A fitted map's own weights polished through the model as INNSteer's are, its gate left."""
+    """A gated condgrad polished as INNSteer is: where it writes and how far, its readouts left.
+
+    INNSteer's write direction is a unit vector trained at 3e-3; the rate here is the same in
+    relation to the root mean square of what is trained.
+    """
 
     def polish(cell: Cell) -> Interventions:
         maps = fit(cell)
         scale, _ = best_scale(cell.fit, maps)
         part = maps[SITE]
-        inner = part.inner if isinstance(part, Gated) else part
+        assert isinstance(part, Gated)
+        write = part.inner.get_parameter("write")
         with torch.no_grad():
-            for name in ("write", "outer"):
-                if hasattr(inner, name):
-                    getattr(inner, name).mul_(scale)
-        inner.requires_grad_(True)
-        train_through(cell.fit, maps, steps=steps, batch=32, learning_rate=3e-3, seed=cell.seed)
+            write.mul_(scale)
+        write.requires_grad_(True)
+        rate = 3e-3 * math.sqrt(part.width) * float(write.detach().square().mean().sqrt())
+        train_through(cell.fit, maps, steps=steps, batch=32, learning_rate=rate, seed=cell.seed)
         return maps.requires_grad_(False)
 
     return polish
@@ -590,7 +595,8 @@ def figure(
     """One record with its interval."""
     value, low, high = boot(groups)
     bounds = {"value": value, "low": low, "high": high}
-    return {"figure": name, **bounds, "asked": asked, "unit": unit, "n": n}
+    record = {"figure": name, **bounds, "asked": asked, "unit": unit, "n": n}
+    return record | {"behaviours": len(groups)}
 
 
 def summarise(wanted: Sequence[str]) -> None:
@@ -630,45 +636,50 @@ def _of_wording(wording: str, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
         figures.append(figure(f"{wording}: AUROC of gate, {kind}", seen, "", "AUROC", n))
     base = [shares(cell["cell"]).tolist() for cell in mine.values()]
     figures.append(figure(f"{wording}: unsteered, alignment", base, "", "probability", n))
-    arms = [arm for arm in ARMS if all(arm in cell for cell in mine.values())]
-    for arm in arms:
-        for budget in ("neutral", "both"):
-            for side in ("towards", "away"):
-                place = f"{budget}_{side}"
-                records = [cell[arm][place] for cell in mine.values()]
-                name = f"{wording}: {arm}, {budget}, {side}"
-                ours = [shares(record).tolist() for record in records]
-                bar = _bar(arm, side, tops)
-                figures.append(figure(f"{name}, alignment", ours, bar, "probability", n))
-                for part, bar in _costs(arm, budget).items():
-                    values = [[record[part]] for record in records]
-                    figures.append(figure(f"{name}, {part}", values, bar, "nats", n))
-                values = [[record["mass"]] for record in records]
-                figures.append(figure(f"{name}, answer mass", values, "", "probability", n))
-                if "transfer" in records[0]:
-                    values = [record["transfer"] for record in records]
-                    bar = ">= 0.85" if arm == "innsteer" and side == "towards" else ""
-                    figures.append(
-                        figure(f"{name}, held-out paraphrases", values, bar, "probability", n)
-                    )
-                if arm != "innsteer" and "innsteer" in arms:
-                    rival = [shares(cell[arm][place]) for cell in mine.values()]
-                    best = [shares(cell["innsteer"][place]) for cell in mine.values()]
-                    sign = 1 if side == "towards" else -1
-                    gap = [(sign * (b - r)).tolist() for b, r in zip(best, rival, strict=True)]
-                    figures.append(
-                        figure(f"{name}, innsteer ahead by", gap, ">= -0.01", "probability", n)
-                    )
-        for side in ("towards", "away"):
-            if all(f"said_{side}" in cell[arm] for cell in mine.values()):
-                values = [[cell[arm][f"said_{side}"]] for cell in mine.values()]
-                bar = ">= 0.92" if arm == "innsteer" else ""
-                figures.append(
-                    figure(f"{wording}: {arm}, said alignment {side}", values, bar, "share", n)
-                )
-        seconds = [[cell[arm]["fit_seconds"]] for cell in mine.values()]
-        bar = "< 60" if arm == "innsteer" else ""
-        figures.append(figure(f"{wording}: {arm}, fit", seconds, bar, "seconds", len(mine)))
+    for arm in ARMS:
+        if having := {name: cell for name, cell in mine.items() if arm in cell}:
+            figures += _of_arm(wording, arm, having)
+    return figures
+
+
+def _of_arm(wording: str, arm: str, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Figures of one arm over the cells that have it."""
+    figures = []
+    n = sum(len(cell["cell"]["items"]["match"]) for cell in mine.values())
+    tops = [[cell["cell"]["ceiling"]] for cell in mine.values()]
+    for budget, side in itertools.product(("neutral", "both"), ("towards", "away")):
+        place = f"{budget}_{side}"
+        records = [cell[arm][place] for cell in mine.values()]
+        name = f"{wording}: {arm}, {budget}, {side}"
+        ours = [shares(record).tolist() for record in records]
+        figures.append(figure(f"{name}, alignment", ours, _bar(arm, side, tops), "probability", n))
+        for part, bar in _costs(arm, budget).items():
+            values = [[record[part]] for record in records]
+            figures.append(figure(f"{name}, {part}", values, bar, "nats", n))
+        values = [[record["mass"]] for record in records]
+        figures.append(figure(f"{name}, answer mass", values, "", "probability", n))
+        values = [record["transfer"] for record in records]
+        bar = ">= 0.85" if arm == "innsteer" and side == "towards" else ""
+        figures.append(figure(f"{name}, held-out paraphrases", values, bar, "probability", n))
+        both = [cell for cell in mine.values() if "innsteer" in cell]
+        if arm != "innsteer" and both:
+            sign = 1 if side == "towards" else -1
+            gap = [
+                (sign * (shares(cell["innsteer"][place]) - shares(cell[arm][place]))).tolist()
+                for cell in both
+            ]
+            figures.append(figure(f"{name}, innsteer ahead by", gap, ">= -0.01", "probability", n))
+    for side in ("towards", "away"):
+        values = [
+            [cell[arm][f"said_{side}"]] for cell in mine.values() if f"said_{side}" in cell[arm]
+        ]
+        if values:
+            bar = ">= 0.92" if arm == "innsteer" else ""
+            name = f"{wording}: {arm}, said alignment {side}"
+            figures.append(figure(name, values, bar, "share", len(values)))
+    seconds = [[cell[arm]["fit_seconds"]] for cell in mine.values()]
+    bar = "< 60" if arm == "innsteer" else ""
+    figures.append(figure(f"{wording}: {arm}, fit", seconds, bar, "seconds", len(mine)))
     return figures
 
 

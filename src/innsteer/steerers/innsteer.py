@@ -334,8 +334,8 @@ class INNSteer(Steerer):
         maps = self.fit(run.rows(), seed=seed)
         steps = [part.step for _, part in maps.items() if isinstance(part, Latent)]
         tried: list[tuple[float, float, float]] = []
-        sharper = (0.5, 1.0, 2.0) if self._shears and not self._of("couplings") else (1.0,)
-        for factor in sharper:
+        reads = self._shears and not self._of("couplings") and "" not in run.keys(run.items())
+        for factor in (0.5, 1.0, 2.0) if reads else (1.0,):
             sharpen(steps, factor)
             scale, gain = best_scale(run, maps)
             sharpen(steps, 1 / factor)
