@@ -4,8 +4,8 @@
 
 Every variant is fitted on the same rows, dosed on the same validation parts and measured on the
 same test part as in control.py, away and towards, where both halves of the cost bind. Each is
-written when it ends to runs/control/ablations--<cell>.json, so an interrupted run goes on where it
-stopped; results/ablations.json holds one record per figure.
+written when it ends to results/control/ablations--<cell>.json, so an interrupted run goes on where
+it stopped; results/ablations.json holds one record per figure.
 """
 
 import argparse
@@ -110,7 +110,7 @@ def main() -> None:
             if name not in kept:
                 print(name, file=sys.stderr, flush=True)
                 kept[name] = measured(cell, VARIANTS[name])
-                write_json(path, kept)
+                control.keep(path, kept)
     write_json(
         RESULTS,
         {

@@ -6,8 +6,8 @@
     python benchmarks/control.py DATA --summary          # only write results/control.json
 
 DATA is the folder of Anthropic's persona evaluations (one .jsonl or .jsonl.gz per behaviour). A
-cell is one behaviour, wording and seed; it is written to runs/control when it ends, arm by arm, so
-an interrupted run goes on where it stopped. In a cell all arms see the same statements, the same
+cell is one behaviour, wording and seed; it is written to results/control arm by arm, so an
+interrupted run goes on where it stopped. In a cell all arms see the same statements, the same
 target-seeking rows, unmoved prompts and kept prefixes. Strength is chosen per sign on validation
 statements, unmoved kinds and neutral prompts, once for the neutral cost alone and once with the
 in-format cost too; every figure is of the test part. See the arms below for what each was given.
@@ -520,7 +520,7 @@ def measure(cell: Cell, data: Path, arms: Sequence[str], path: Path, said: int) 
         }
         if said:
             kept["cell"]["said"] = spoken(cell, None, 1.0, said)
-        write_json(path, kept)
+        keep(path, kept)
     cell.reworded = paraphrased(cell, data)
     for number, arm in enumerate(arms):
         if arm in kept:
@@ -540,7 +540,7 @@ def measure(cell: Cell, data: Path, arms: Sequence[str], path: Path, said: int) 
                 record[f"said_{side}"] = spoken(cell, maps, strength, said)
         record["seconds"] = time.perf_counter() - started
         kept[arm] = record
-        write_json(path, kept)
+        keep(path, kept)
 
 
 # --- the plan and the summary --------------------------------------------------------------------
@@ -557,7 +557,23 @@ def cells(data: Path) -> list[str]:
 
 
 def file_of(name: str) -> Path:
-    return WORK / (name.replace("/", "--") + ".json")
+    return RESULTS.with_suffix("") / (name.replace("/", "--") + ".json")
+
+
+def keep(path: Path, found: Any) -> None:
+    """Write a cell's records, numbers to five digits."""
+
+    def tidy(value: Any) -> Any:
+        if isinstance(value, float):
+            return float(f"{value:.5g}")
+        if isinstance(value, dict):
+            return {key: tidy(part) for key, part in value.items()}
+        return [tidy(part) for part in value] if isinstance(value, list) else value
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staged = path.with_suffix(".part")
+    staged.write_text(json.dumps(tidy(found), separators=(",", ":")) + "\n", encoding="utf-8")
+    staged.replace(path)
 
 
 def boot(groups: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float, float]:

@@ -416,7 +416,7 @@ class INNSteer(Steerer):
         transport, along = self._of("transport"), self._of("direction")
 
         def also(h: Tensor, moved: Tensor, wanted: Tensor) -> Tensor:
-            value = self._tame(fitted.flow, h)
+            value, _ = self._tame(fitted.flow, h)
             moving = wanted.square().sum(-1) > 0
             if along and moving.any():
                 cosine = nn.functional.cosine_similarity(moved[moving], wanted[moving], dim=-1)
@@ -456,16 +456,15 @@ class INNSteer(Steerer):
         flow.initialise(rows)
         return _translated(acts, site, flow)
 
-    def _tame(self, flow: Flow, rows: Tensor) -> Tensor:
-        """The likelihood and log-det terms alone."""
+    def _tame(self, flow: Flow, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """The likelihood and log-det terms alone, and the latent rows that they are taken of."""
         z, log_det = flow.forward_log_det(rows)
         d = flow.inner.width if isinstance(flow, Subspace) else flow.width
         per_dim = (log_det - flow.fixed_log_det) / d
         z_inner = z @ flow.basis if isinstance(flow, Subspace) else z
         nll = 0.5 * z_inner.square().mean() - per_dim.mean()
         tame = per_dim.mean().square() + per_dim.var(correction=0)
-        value: Tensor = self._of("likelihood") * nll + self._of("log_det") * tame
-        return value
+        return self._of("likelihood") * nll + self._of("log_det") * tame, z_inner
 
     def _descend(
         self,
@@ -516,14 +515,13 @@ class INNSteer(Steerer):
     def _loss(self, flow: Flow, source: list[Tensor], target: list[Tensor]) -> Tensor:
         """The paper's three terms, meaned over behaviours."""
         rows = torch.cat([*source, *target])
-        z = flow(rows)
-        z_inner = z @ flow.basis if isinstance(flow, Subspace) else z
+        value, z_inner = self._tame(flow, rows)
         split = torch.split(z_inner, [len(part) for part in (*source, *target)])
         apart = torch.stack(
             [self._apart(split[i], split[i + len(source)]) for i in range(len(source))]
         ).mean()
-        value: Tensor = self._tame(flow, rows) + self._of("separation") * apart
-        return value
+        whole: Tensor = value + self._of("separation") * apart
+        return whole
 
     def _apart(self, source: Tensor, target: Tensor) -> Tensor:
         """The separation term of one behaviour; lower is further apart."""
