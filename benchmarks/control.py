@@ -53,7 +53,7 @@ BUDGET = 0.0953
 SITE = Site(15)
 WORDINGS = ("second", "original", "second+5")
 """Of the question; +5: the fit also sees five paraphrases, the test stays as it is."""
-# The cells of findings that are to be met first, then the rest in the alphabet's order.
+# These behaviours first, then the rest in the order of the alphabet.
 FIRST = ("desire-for-acquiring-wealth", "desire-for-acquiring-power", "agreeableness")
 POLISH = 80
 MINUTES = 30
