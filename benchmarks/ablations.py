@@ -42,7 +42,7 @@ def alone(*kept: str) -> dict[str, Any]:
 VARIANTS: dict[str, dict[str, Any]] = {
     "shear": TARGET,
     "shear, no gate": {**TARGET, "gate": False},
-    "shear, logistic-sharp kappa 1": {**TARGET, "kappa": 1.0},
+    "shear, kappa 1": {**TARGET, "kappa": 1.0},
     "shear, kappa 4": {**TARGET, "kappa": 4.0},
     "shear, polish 20": {**TARGET, "polish": 20},
     "shear, polish 80": {**TARGET, "polish": 80},
