@@ -196,7 +196,7 @@ def nats(cell: Cell, maps: Interventions, part: str, strength: float, most: int 
             if tokens >= most:
                 break
             kept.append(place)
-            tokens += cell.run._length(cell.run.unmoved[place])
+            tokens += cell.run.tokens(place)
         places = kept
     with torch.no_grad():
         return cell.run.divergence(maps, places, torch.tensor([float(strength)])).numpy()
@@ -289,13 +289,13 @@ def measured(cell: Cell, maps: Interventions, strength: float) -> dict[str, Any]
 
 def wordings_of(run: Through) -> list[list[bool]]:
     """Which test items stand in each paraphrase; their ids end in #number."""
-    names = [run._asked[number].item.id.rpartition("#")[2] for number in run.items("test")]
+    names = [run.item(number).id.rpartition("#")[2] for number in run.items("test")]
     return [[name == wording for name in names] for wording in sorted(set(names))]
 
 
 def spoken(cell: Cell, maps: Interventions | None, strength: float, count: int) -> float:
     """Said alignment of sampled answers (16 tokens, temperature 1)."""
-    items = [cell.run._asked[number].item for number in cell.run.items("test")[:count]]
+    items = [cell.run.item(number) for number in cell.run.items("test")[:count]]
     prompts = [Prompt(item.id, item.prompt) for item in items]
     edits = [] if maps is None else [Edit(maps, torch.tensor([float(strength)]))]
     answers = cell.backend.generate(prompts, edits, Sampling(16, 1.0, cell.seed))

@@ -128,7 +128,7 @@ def through(
         raise InputError(
             f"contrast {contrast.behaviour!r} has no training items", expected="at least two"
         )
-    bare = _unrelated(contrast) if unmoved is None else tuple(unmoved)
+    bare = suites.in_format(contrast, "fit") if unmoved is None else tuple(unmoved)
     plain = suites.unmoved("fit", "{statement}")[::4]
     references = [
         *([backend.reference(bare, None)] if bare else []),
@@ -136,12 +136,6 @@ def through(
     ]
     where = sites or (default_site(backend.model),)
     return Through(backend, [replace(contrast, items=items)], where, references, progress=progress)
-
-
-def _unrelated(contrast: Contrast) -> tuple[Prompt, ...]:
-    """Unrelated statements in a Yes/No contrast's own wording; () for other contrasts."""
-    yes_no = {item.key for item in contrast.items} <= {"Yes", "No"}
-    return suites.in_format(contrast, "fit") if yes_no and not contrast.builtin else ()
 
 
 def fit_run(

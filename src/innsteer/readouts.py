@@ -125,6 +125,22 @@ def probe(
     return outer, float(model.intercept_[0]) - float(outer @ mean)
 
 
+def decision(
+    part: Aims,
+    held: Aims | None = None,
+    *,
+    kappa: float,
+    grid: Sequence[float] = GRID,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """The probe's weight ``[d]`` and bias, scaled to a spread of kappa over the training rows."""
+    weight, bias = probe(part, held, grid=grid, seed=seed)
+    share = part.weight / part.weight.sum()
+    reads = part.rows @ weight + bias
+    sigma = (share @ (reads - share @ reads).square()).sqrt().clamp_min(1e-30)
+    return kappa * weight / sigma, kappa * bias / sigma
+
+
 def _held_loss(
     x: np.ndarray,
     y: np.ndarray,

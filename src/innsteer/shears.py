@@ -13,7 +13,7 @@ from innsteer.errors import InputError
 from innsteer.flows import Chain, Flow, Householder, Shear, Standardise
 from innsteer.gating import fit_gate
 from innsteer.interventions import Latent
-from innsteer.readouts import Aims, aims, mean_lift, probe
+from innsteer.readouts import Aims, aims, decision, mean_lift
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions
 
@@ -141,12 +141,8 @@ class ShearFit:
         if not own.choice:
             step.read_bias[row, 0] = OPEN
             return
-        weight, bias = probe(own, held, seed=seed)
-        share = own.weight / own.weight.sum()
-        reads = own.rows @ weight + bias
-        sigma = (share @ (reads - share @ reads).square()).sqrt().clamp_min(1e-30)
-        step.read[row, 0] = self.kappa * weight / sigma
-        step.read_bias[row, 0] = self.kappa * bias / sigma
+        weight, bias = decision(own, held, kappa=self.kappa, seed=seed)
+        step.read[row, 0], step.read_bias[row, 0] = weight, bias
 
 
 def _turned(flow: Flow, moves: Tensor) -> Tensor:
@@ -181,7 +177,7 @@ def sharpen(steps: Sequence[nn.Module], factor: float) -> None:
 
 
 def freeze_gates(part: nn.Module) -> None:
-    """Training leaves gates alone: free ones unlearn the kinds of text they were not shown."""
+    """Training leaves gates alone: it shows them no text but what they were fitted on."""
     if isinstance(part, Latent) and isinstance(part.step, Shear):
         part.step.gate.requires_grad_(False)
         part.step.gate_bias.requires_grad_(False)

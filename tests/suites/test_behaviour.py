@@ -104,3 +104,8 @@ def test_a_preview_is_a_small_part_of_the_whole():
     assert 2 <= len(small.items) < len(whole.items) and small.plain == ()
     assert small.sampling.new_tokens == 32
     assert small.sampling.temperature == whole.sampling.temperature
+
+
+def test_a_built_in_behaviour_has_in_format_prompts_to_measure_on_and_none_to_fit_on():
+    assert suites.in_format("critical", "fit") == ()
+    assert suites.in_format("critical", "validation") and suites.in_format("critical", "test")

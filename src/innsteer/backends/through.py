@@ -136,6 +136,14 @@ class Through:
         other._rows = {}
         return other
 
+    def item(self, number: int) -> Item:
+        """An item by its number."""
+        return self._asked[number].item
+
+    def tokens(self, place: int) -> int:
+        """Counted tokens of an unmoved sequence, by place."""
+        return self._length(self.unmoved[place])
+
     def keys(self, items: Sequence[int]) -> list[str]:
         """The bare matching answer of each item; "" for open ones."""
         return [self._asked[number].item.key or "" for number in items]

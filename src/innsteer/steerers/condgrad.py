@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from innsteer.activations import Activations
 from innsteer.errors import InputError
-from innsteer.readouts import GRID, aims, mean_lift, probe
+from innsteer.readouts import GRID, aims, decision, mean_lift
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions, Steerer
 
@@ -109,10 +109,7 @@ class CondGrad(Steerer):
                     part.bias[row] = 20.0  # tanh of it is 1 in float32
                     continue
                 held = aims(acts, site, behaviour, "validation")
-                weight, bias = probe(own, held, grid=self.grid, seed=seed)
-                share = own.weight / own.weight.sum()
-                reads = own.rows @ weight + bias
-                sigma = (share @ (reads - share @ reads).square()).sqrt().clamp_min(1e-30)
-                part.probe[row] = self.kappa * weight / sigma
-                part.bias[row] = self.kappa * bias / sigma
+                part.probe[row], part.bias[row] = decision(
+                    own, held, kappa=self.kappa, grid=self.grid, seed=seed
+                )
         return fitted.requires_grad_(False)

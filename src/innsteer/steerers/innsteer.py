@@ -132,8 +132,7 @@ class INNSteer(Steerer):
         shrinkage, quantile, slope: of the gate, see ``gating.fit_gate``.
         denoised: teach couplings the closed form's field rather than the raw gradients.
         polish: steps through the frozen model, the best validation state is kept; 0 = none.
-        polish_reads: let them move the readouts too. They overfit: on 600 statements the validation
-            loss ends higher than with write directions and lengths alone.
+        polish_reads: let them move the readouts too.
         polish_rate: their learning rate. polish_batch: items per step.
         polish_unmoved: weight of the divergence on unmoved sequences meanwhile.
 

@@ -127,10 +127,12 @@ def _numbered(name: str, texts: Sequence[str]) -> tuple[Prompt, ...]:
 def in_format(behaviour: str | Contrast, part: str) -> tuple[Prompt, ...]:
     """Prompts in a behaviour's own wording that it does not concern.
 
-    Built-in behaviours have their own; Yes/No choices of one's own ask the unmoved statements in
-    their wording (part fit, validation or test); () for others.
+    Built-in behaviours have their own, but none to fit on; Yes/No choices of one's own ask the
+    unmoved statements in their wording (part fit, validation or test); () for others.
     """
     if meta(behaviour):
+        if part == "fit":
+            return ()
         name = behaviour.behaviour if isinstance(behaviour, Contrast) else behaviour
         return _numbered("in-format", contrasts.prompts(name, f"in_format_{part}"))
     # The options of a lettered question are no statements, and open questions ask for none.
