@@ -20,6 +20,7 @@ import math
 import platform
 import sys
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,7 +56,7 @@ WORDINGS = ("second", "original", "second+5")
 """Of the question; +5: the fit also sees five paraphrases, the test stays as it is."""
 # These behaviours first, then the rest in the order of the alphabet.
 FIRST = ("desire-for-acquiring-wealth", "desire-for-acquiring-power", "agreeableness")
-POLISH = 80
+POLISH = 40
 MINUTES = 30
 """What a cell takes on one core, for the plan."""
 
@@ -226,7 +227,7 @@ def largest(cost: Callable[[float], float], start: float, most: float = 64.0) ->
 
 
 def dose(cell: Cell, maps: Interventions, sign: float, start: float) -> dict[str, float]:
-    """Strength per budget: the best validation alignment within it."""
+    """Strength per budget: the best validation alignment within it, and of equals the most said."""
 
     def neutral(strength: float) -> float:
         return float(nats(cell, maps, "neutral_validation", sign * strength, 300).mean())
@@ -241,12 +242,17 @@ def dose(cell: Cell, maps: Interventions, sign: float, start: float) -> dict[str
     limits["both"] = both if in_format(both) <= BUDGET else min(both, largest(in_format, both / 2))
     found = {}
     for budget, limit in limits.items():
-        gains = {}
-        for share in (0.35, 0.6, 0.8, 1.0):
-            strength = share * limit
-            gain = alignment(chosen(cell.run, maps, "validation", sign * strength))
+        gains, said = {}, {}
+        tried = {share * limit for share in (0.35, 0.6, 0.8, 1.0)}
+        tried |= {strength for strength in (0.5, 1.0, 2.0, 4.0) if strength < limit}
+        for strength in sorted(tried):
+            got = chosen(cell.run, maps, "validation", sign * strength)
+            gain = alignment(got)
             gains[strength] = gain if sign > 0 else 1 - gain
-        strength = max(gains, key=lambda value: gains[value])
+            said[strength] = float(np.mean(got["match" if sign > 0 else "other"]))
+        # Of those that align alike, the one whose answer is said most.
+        alike = [value for value in gains if gains[value] >= max(gains.values()) - 0.005]
+        strength = max(alike, key=lambda value: said[value])
         # The last check, on all validation tokens.
         for _ in range(4):
             cost = upper(nats(cell, maps, "neutral_validation", sign * strength))
@@ -426,8 +432,9 @@ def random_direction(cell: Cell) -> Interventions:
 
 ARMS: dict[str, Fit] = {
     "random_direction": random_direction,
-    "innsteer": through("innsteer", objective="target", polish=POLISH, polish_batch=32),
-    "innsteer_unpolished": rows("innsteer", objective="target"),
+    "innsteer": through("innsteer", objective="target"),
+    "innsteer_unpolished": through("innsteer", objective="target", polish=0),
+    "innsteer_row": through("innsteer", objective="target", reads="row"),
     "condgrad": sharpest(),
     "condgrad_lda": sharpest("lda"),
     "condgrad_logistic": sharpest("logistic"),
@@ -451,9 +458,9 @@ SPOKEN = ("innsteer", "condgrad_lda_polished", "loreft_tanh_lda")
 """Arms whose answers are sampled: in a wording that asks for an answer, the others' are not."""
 
 
-def ceiling(cell: Cell) -> dict[str, float]:
-    """How well the key can be read from the row: probe or network, chosen on validation."""
-    parts = [aims(cell.acts, SITE, cell.behaviour, p) for p in ("train", "validation", "test")]
+def ceiling(cell: Cell, acts: Activations) -> tuple[float, str]:
+    """How well the key can be read from rows: probe or network, chosen on validation."""
+    parts = [aims(acts, SITE, cell.behaviour, p) for p in ("train", "validation", "test")]
     mean, spread = parts[0].rows.mean(0), parts[0].rows.std(0).clamp_min(1e-6)
     scores: dict[str, list[float]] = {}
 
@@ -466,31 +473,44 @@ def ceiling(cell: Cell) -> dict[str, float]:
         score(f"logistic {penalty}", lambda h, w=weight, b=bias: (h @ w + b).numpy())
     for alpha in (0.01, 0.1, 1.0):
         network = MLPClassifier((64,), alpha=alpha, max_iter=60, random_state=cell.seed)
-        network.fit(((parts[0].rows - mean) / spread).numpy(), parts[0].keys.numpy())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # stopping early is one of its ways to regularise
+            network.fit(((parts[0].rows - mean) / spread).numpy(), parts[0].keys.numpy())
         score(
             f"network {alpha}",
             lambda h, n=network: n.predict_proba(((h - mean) / spread).numpy())[:, 1] - 0.5,
         )
     best = max(scores, key=lambda name: scores[name][0])
-    return {"ceiling": scores[best][1], "chosen": best}  # type: ignore[dict-item]
+    return scores[best][1], best
 
 
-def gates(cell: Cell) -> dict[str, float]:
-    """AUROC of test statements against test kinds of unmoved prompts, by gate."""
-    own, held, test = (
-        aims(cell.acts, SITE, cell.behaviour, p) for p in ("train", "validation", "test")
-    )
-    still = cell.acts.unmoved(SITE).double()
-    other = cell.run.among(cell.places["test"]).rows().unmoved(SITE).double()
-    found: dict[str, float] = {}
-    for kind in ("lda", "logistic"):
-        weight, bias = fit_gate(own.rows, still, kind=kind, held=held.rows)
-        inside, outside = (part @ weight + bias for part in (test.rows, other))
-        found[f"{kind}_auroc"] = auroc(inside, outside)
-        found[f"{kind}_kept"] = float(inside.sigmoid().mean())
-        found[f"{kind}_leaked"] = float(outside.sigmoid().mean())
-    far = [-mahalanobis(part, own.rows) for part in (test.rows, other)]
-    return found | {"mahalanobis_auroc": auroc(*far)}
+def known(cell: Cell) -> dict[str, Any]:
+    """What can be known without steering, from the row and from the prompt before it.
+
+    The ceilings, and for test statements against test kinds of unmoved prompts the AUROC of each
+    gate, how far it is open on either, and the AUROC of a Mahalanobis distance.
+    """
+    found: dict[str, Any] = {}
+    test = cell.run.among(cell.places["test"]).rows()
+    for name, acts, unseen in (
+        ("row", cell.acts, test),
+        ("prompt", cell.acts.prompts, test.prompts),
+    ):
+        own, held, asked = (
+            aims(acts, SITE, cell.behaviour, p).rows for p in ("train", "validation", "test")
+        )
+        still, other = (part.unmoved(SITE).double() for part in (acts, unseen))
+        top, reader = ceiling(cell, acts)
+        mine: dict[str, Any] = {"ceiling": top, "reader": reader}
+        for kind in ("lda", "logistic"):
+            weight, bias = fit_gate(own, still, kind=kind, held=held)
+            inside, outside = (part @ weight + bias for part in (asked, other))
+            mine[f"{kind}_auroc"] = auroc(inside, outside)
+            mine[f"{kind}_kept"] = float(inside.sigmoid().mean())
+            mine[f"{kind}_leaked"] = float(outside.sigmoid().mean())
+        far = [-mahalanobis(part, own) for part in (asked, other)]
+        found[name] = mine | {"mahalanobis_auroc": auroc(*far)}
+    return found
 
 
 def paraphrased(cell: Cell, data: Path, each: int = 40) -> Through:
@@ -515,8 +535,7 @@ def measure(cell: Cell, data: Path, arms: Sequence[str], path: Path, said: int) 
             "alignment": alignment(base),
             "mass": float(np.mean(np.array(base["match"]) + np.array(base["other"]))),
             "items": base,
-            **ceiling(cell),
-            **gates(cell),
+            **known(cell),
         }
         if said:
             kept["cell"]["said"] = spoken(cell, None, 1.0, said)
@@ -669,11 +688,13 @@ def _of_wording(wording: str, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Figures of one wording: the ceiling, every arm, and INNSteer less every rival."""
     figures = []
     n = sum(len(cell["cell"]["items"]["match"]) for cell in mine.values())
-    tops = [[cell["cell"]["ceiling"]] for cell in mine.values()]
-    figures.append(figure(f"{wording}: ceiling", tops, "", "accuracy", n))
-    for kind in ("lda", "logistic", "mahalanobis"):
-        seen = [[cell["cell"][f"{kind}_auroc"]] for cell in mine.values()]
-        figures.append(figure(f"{wording}: AUROC of gate, {kind}", seen, "", "AUROC", n))
+    for place in ("row", "prompt"):
+        tops = [[cell["cell"][place]["ceiling"]] for cell in mine.values()]
+        bar = ">= 0.95" if place == "prompt" else ""
+        figures.append(figure(f"{wording}: ceiling, {place}", tops, bar, "accuracy", n))
+        for kind in ("lda", "logistic", "mahalanobis"):
+            seen = [[cell["cell"][place][f"{kind}_auroc"]] for cell in mine.values()]
+            figures.append(figure(f"{wording}: AUROC of {kind}, {place}", seen, "", "AUROC", n))
     base = [shares(cell["cell"]).tolist() for cell in mine.values()]
     figures.append(figure(f"{wording}: unsteered, alignment", base, "", "probability", n))
     for arm in ARMS:
@@ -686,13 +707,16 @@ def _of_arm(wording: str, arm: str, mine: Mapping[str, Any]) -> list[dict[str, A
     """Figures of one arm over the cells that have it."""
     figures = []
     n = sum(len(cell["cell"]["items"]["match"]) for cell in mine.values())
-    tops = [[cell["cell"]["ceiling"]] for cell in mine.values()]
+    tops = [[cell["cell"]["row"]["ceiling"]] for cell in mine.values()]
     for budget, side in itertools.product(("neutral", "both"), ("towards", "away")):
         place = f"{budget}_{side}"
         records = [cell[arm][place] for cell in mine.values()]
         name = f"{wording}: {arm}, {budget}, {side}"
         ours = [shares(record).tolist() for record in records]
         figures.append(figure(f"{name}, alignment", ours, _bar(arm, side, tops), "probability", n))
+        if arm == "innsteer" and budget == "both":
+            bar = ">= 0.95" if side == "towards" else "<= 0.05"
+            figures.append(figure(f"{name}, the ceiling raised", ours, bar, "probability", n))
         for part, bar in _costs(arm, budget).items():
             values = [[record[part]] for record in records]
             figures.append(figure(f"{name}, {part}", values, bar, "nats", n))

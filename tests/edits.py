@@ -8,7 +8,7 @@ import tiny
 from innsteer.interventions import Edit, Shift
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Where
-from innsteer.steerer import Interventions
+from innsteer.steerer import Intervention, Interventions
 
 
 def shift(model: LanguageModel, *sites: Site, k: int = 1, seed: int = 0) -> Interventions:
@@ -27,6 +27,24 @@ def edit(model, coef=1.0, where="generated", *sites, seed=0):
         torch.tensor([float(coef)]) if not isinstance(coef, list) else torch.tensor(coef)[:, None]
     )
     return Edit(shift(model, *sites, seed=seed), rows.float(), Where.parse(where))
+
+
+class Told(Intervention):
+    """h' = h + coef * context: a contextual map whose edit shows what it was told."""
+
+    contextual = True
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+
+    def displacement(self, h, coef, context=None):
+        return coef * context
+
+
+def told(model, *sites):
+    """Contextual maps at sites."""
+    return Interventions({site: Told(model.layout.width_of(site)) for site in sites or (Site(1),)})
 
 
 @contextmanager

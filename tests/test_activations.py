@@ -1,6 +1,7 @@
 """Activations: rows and their table, in memory and on disk."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -180,3 +181,24 @@ def test_a_head_without_an_entry_is_refused(acts, tmp_path):
         write_json(folder / "activations.json", {k: v for k, v in head.items() if k != name})
         with pytest.raises(FormatError):
             Activations.load(folder)
+
+
+def test_contexts_go_with_their_rows_through_choosing_saving_and_hashing(tmp_path):
+    plain = Activations.of_sides(torch.zeros(3, 2), torch.ones(3, 2))
+    before = torch.arange(12.0).view(6, 2)
+    acts = replace(plain, context={plain.site: before})
+    assert acts.hash != plain.hash
+    target = acts.where(side="target")
+    assert torch.equal(target.context[acts.site], before[3:])
+    assert torch.equal(acts.prompts.values[acts.site], before)
+    assert torch.equal(acts.at(acts.site).context[acts.site], before)
+    loaded = Activations.load(acts.save(tmp_path / "a"))
+    assert torch.equal(loaded.context[acts.site], before) and loaded.hash == acts.hash
+    assert torch.equal(loaded.values[acts.site], acts.values[acts.site])
+    assert Activations.load(plain.save(tmp_path / "b")).context == {}
+    with pytest.raises(InputError, match="without what stood before them"):
+        _ = plain.prompts
+    with pytest.raises(InputError, match="contexts at 7"):
+        replace(plain, context={Site(7): before})
+    with pytest.raises(InputError, match="values of shape"):
+        replace(plain, context={plain.site: before[:2]})

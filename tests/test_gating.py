@@ -42,13 +42,41 @@ def test_a_gate_keeps_statements_and_leaves_unrelated_rows_that_it_has_not_seen(
 def test_the_logit_is_0_at_the_quantile_and_the_slope_at_the_median_of_the_held_rows():
     held = rows(101, seed=2)
     weight, bias = fit_gate(
-        rows(300, seed=0), rows(100, seed=1, away=5), kind="lda", held=held, quantile=0.1, slope=4.0
+        rows(300, seed=0),
+        rows(100, seed=1, away=5),
+        kind="lda",
+        held=held,
+        quantile=0.1,
+        room=0.0,
+        slope=4.0,
     )
     logits = (held.double() @ weight + bias).sort().values
     assert logits[50].item() == pytest.approx(4.0, abs=1e-9)
     # The least score with a tenth of the rows at or below it: the eleventh of 101.
     assert logits[10].item() == pytest.approx(0.0, abs=1e-9)
     assert (logits[:10] < 0).all()
+
+
+def test_room_lowers_the_threshold_towards_the_unrelated_rows():
+    own, other, held = rows(300, seed=0), rows(100, seed=1, away=5), rows(101, seed=2)
+    numbers = {"kind": "lda", "held": held, "quantile": 0.1, "slope": 1.0}
+    logits = {}
+    for room in (0.0, 0.5, 1.0):
+        weight, bias = fit_gate(own, other, room=room, **numbers)
+        inside, outside = ((part.double() @ weight + bias).sort().values for part in (held, other))
+        assert inside[50].item() == pytest.approx(1.0, abs=1e-9)
+        logits[room] = inside[10].item(), outside[89].item()
+    assert logits[0.0][0] == pytest.approx(0.0, abs=1e-9)
+    assert logits[1.0][1] == pytest.approx(0.0, abs=1e-9)
+    # Half-way: both ends lie equally far from it.
+    assert logits[0.5][0] == pytest.approx(-logits[0.5][1], abs=1e-9)
+    assert logits[0.5][0] > 0
+
+
+def test_where_the_kinds_overlap_room_changes_nothing():
+    own, other = rows(300, seed=0), rows(100, seed=1, away=0.2)
+    shut, wide = (fit_gate(own, other, kind="lda", room=room) for room in (0.0, 1.0))
+    assert torch.equal(shut[0], wide[0]) and torch.equal(shut[1], wide[1])
 
 
 def test_without_shrinkage_lda_is_fishers_direction():
@@ -132,7 +160,7 @@ def test_a_dimension_in_which_statements_agree_does_not_decide():
 
 def test_a_single_held_statement_gives_a_threshold_and_a_slope():
     own, held = rows(200, seed=0), rows(1, seed=2)
-    gate = fit_gate(own, rows(100, seed=1, away=5), kind="lda", held=held)
+    gate = fit_gate(own, rows(100, seed=1, away=5), kind="lda", held=held, room=0.0)
     assert opened(gate, held).item() == pytest.approx(0.5, abs=1e-9)
     assert opened(gate, rows(100, seed=3, away=5)).max() < 1e-6
 

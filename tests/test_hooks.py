@@ -7,7 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import tiny
-from edits import bits, edit, hooks_of, padded, positions, seen, shift
+from edits import Told, bits, edit, hooks_of, padded, positions, seen, shift, told
 from innsteer.errors import InputError, NothingSteeredError, PositionError, RefusedError
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
@@ -588,3 +588,87 @@ def test_coefficients_of_another_batch_are_refused(model):
         Attachment(model, [edit(model, [1.0, 2.0], "all")]),
     ):
         model.model(torch.tensor([[1, 2], [3, 4], [5, 6]]))
+
+
+# --- contexts ------------------------------------------------------------------------------------
+
+LONG = [[10, 11, 12, 13, 14, 15], [20, 21, 22, 23], list(range(30, 130))]
+
+
+def contexts(model, site):
+    """By hand, from a pass per prompt: the mean of what stands before the last token, but for 0."""
+    found = []
+    for row in LONG:
+        with seen(model, site) as held:
+            model.model(torch.tensor([row]))
+        found.append(held[0][0, max(1, len(row) - 65) : -1].mean(0))
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("site", [Site(1), Site(2, "mlp"), Site(1, "attention_norm")], ids=str)
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"use_cache": False}, {"prefill_chunk_size": 2}, {"num_beams": 2}],
+    ids=["cache", "no cache", "chunked prefill", "beams"],
+)
+def test_every_generated_token_is_told_the_mean_of_its_prompt(model, site, how):
+    want, (ids, mask) = contexts(model, site), padded(LONG)
+    given = []
+
+    class Kept(Told):
+        def displacement(self, h, coef, context=None):
+            given.append(context)
+            return 0.01 * context
+
+    maps = Interventions({site: Kept(model.layout.width_of(site))})
+    with Attachment(model, [Edit(maps, torch.ones(1))]) as attached:
+        generate(model, ids, mask, **how)
+    assert attached.trace.touched == len(torch.cat(given))
+    beams = how.get("num_beams", 1)
+    for rows in given:
+        each = want.repeat_interleave(beams, 0)
+        if len(rows) != len(each):  # without a cache all steered tokens come again
+            each = each.repeat_interleave(len(rows) // len(each), 0)
+        torch.testing.assert_close(rows, each, rtol=0, atol=2e-5)
+
+
+def test_contexts_are_those_of_the_call_at_hand(model):
+    ids, mask = padded(LONG)
+    with Attachment(model, [Edit(told(model), torch.ones(1))]) as attached:
+        first = generate(model, ids, mask)
+        generate(model, ids.flip(0), mask.flip(0))
+        again = generate(model, ids, mask)
+    assert torch.equal(first, again) and attached.trace.touched == 3 * 3 * NEW
+
+
+def test_contexts_that_are_given_are_used(model):
+    ids, mask = padded(LONG)
+    own = {Site(1): torch.randn(3, tiny.WIDTH, generator=torch.Generator().manual_seed(0))}
+    lengths = [len(row) for row in LONG]
+    edits = [Edit(told(model), torch.ones(1))]
+    with Attachment(model, edits, prompt_lengths=lengths, contexts=own), seen(model, Site(1)) as h:
+        model.model(ids, attention_mask=mask, position_ids=positions(mask))
+    with seen(model, Site(1)) as base:
+        model.model(ids, attention_mask=mask, position_ids=positions(mask))
+    torch.testing.assert_close((h[0] - base[0])[:, -1], own[Site(1)], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("where", ["all", "prompt", "assistant", "range:2:7"])
+def test_what_is_read_must_stand_before_what_is_steered(model, where):
+    with pytest.raises(RefusedError, match="reads the prompt"):
+        Attachment(model, [Edit(told(model), torch.ones(1), Where.parse(where))])
+
+
+def test_a_prompt_that_did_not_go_by_is_refused(model):
+    edits = [Edit(told(model), torch.ones(1))]
+    cache = DynamicCache(config=model.model.config)
+    model.model(torch.tensor([[5, 6, 7, 8]]), past_key_values=cache)
+    with pytest.raises(RefusedError, match="without its prompt"):  # noqa: SIM117
+        with Attachment(model, edits, prompt_lengths=[6]):
+            model.model(torch.tensor([[9, 10]]), past_key_values=cache)
+
+
+def test_a_prompt_without_a_token_to_read_is_refused(model):
+    with pytest.raises(PositionError, match="a prompt of 2 tokens"):  # noqa: SIM117
+        with Attachment(model, [Edit(told(model), torch.ones(1))], prompt_lengths=[2]):
+            model.model(torch.tensor([[9, 10]]))

@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -27,6 +27,8 @@ Read = Literal["last", "mean", "all", "span"]
 READS: tuple[str, ...] = get_args(Read)
 SIDES = ("source", "target", "unmoved")
 FORMAT = 1
+BEFORE = "before."
+"""In a shard, what stood before the rows of a site is kept under its name with this in front."""
 _FIRST = Site(0)
 
 
@@ -52,19 +54,19 @@ class Rows:
         """Columns from records; missing entries get the columns' defaults."""
         defaults = {"key": "", "pair": "", "token": 0, "split": "train", "weight": 1.0}
         columns = {}
-        for field in fields(cls):
-            column = [record.get(field.name, defaults.get(field.name)) for record in records]
-            kind = {"token": np.int64, "weight": np.float64}.get(field.name, np.str_)
-            columns[field.name] = np.asarray(column, dtype=kind)
+        for one in fields(cls):
+            column = [record.get(one.name, defaults.get(one.name)) for record in records]
+            kind = {"token": np.int64, "weight": np.float64}.get(one.name, np.str_)
+            columns[one.name] = np.asarray(column, dtype=kind)
         return cls(**columns)
 
     def records(self) -> list[dict[str, Any]]:
         """One dictionary per row."""
-        columns = {field.name: getattr(self, field.name).tolist() for field in fields(self)}
+        columns = {one.name: getattr(self, one.name).tolist() for one in fields(self)}
         return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
     def __getitem__(self, index: np.ndarray) -> "Rows":
-        return Rows(**{field.name: getattr(self, field.name)[index] for field in fields(self)})
+        return Rows(**{one.name: getattr(self, one.name)[index] for one in fields(self)})
 
     def __len__(self) -> int:
         return len(self.item)
@@ -80,6 +82,8 @@ class Activations:
         behaviours: in the column order of ``coef``.
         read: which tokens became rows: ``last | mean | all | span``.
         provenance: model, tokenizer and template fingerprint, contrast hash, software.
+        context: Site -> float32 ``[rows, d]``, the mean of what stood before each row in its
+            prompt; empty where that was not recorded.
 
     >>> acts = Activations.of_sides(torch.zeros(4, 3), torch.ones(4, 3))
     >>> source, target = acts.sides(acts.site)
@@ -92,6 +96,7 @@ class Activations:
     behaviours: tuple[str, ...]
     read: Read = "last"
     provenance: Mapping[str, Any] = None  # type: ignore[assignment]
+    context: Mapping[Site, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "provenance", dict(self.provenance or {}))
@@ -100,9 +105,15 @@ class Activations:
         if self.read not in READS:
             raise UnknownName("read rule", self.read, READS)
         # float32 whatever came in: a fit must not depend on the caller's dtype.
-        values = {site: rows.float() for site, rows in self.values.items()}
-        object.__setattr__(self, "values", values)
-        for site, rows in values.items():
+        for name in ("values", "context"):
+            whole = {site: rows.float() for site, rows in getattr(self, name).items()}
+            object.__setattr__(self, name, whole)
+        if self.context and self.context.keys() != self.values.keys():
+            raise InputError(
+                f"contexts at {', '.join(map(str, sorted(self.context)))}",
+                expected="the sites of the rows: " + ", ".join(map(str, self.sites)),
+            )
+        for site, rows in (*self.values.items(), *self.context.items()):
             if rows.ndim != 2 or len(rows) != len(self.rows):
                 raise InputError(
                     f"site {site}: values of shape {tuple(rows.shape)}",
@@ -172,15 +183,34 @@ class Activations:
             keep &= np.isin(getattr(self.rows, name), values)
         index = np.flatnonzero(keep)
         chosen = torch.from_numpy(index)
-        values_ = {site: rows[chosen] for site, rows in self.values.items()}
-        return replace(self, values=values_, rows=self.rows[index])
+        picked, before = (
+            {site: rows[chosen] for site, rows in part.items()}
+            for part in (self.values, self.context)
+        )
+        return replace(self, values=picked, rows=self.rows[index], context=before)
 
     def at(self, *sites: Site) -> "Activations":
         """Only the given sites."""
         missing = [site for site in sites if site not in self.values]
         if missing:
             raise UnknownName("recorded site", str(missing[0]), [str(s) for s in self.sites])
-        return replace(self, values={site: self.values[site] for site in sites})
+        context = {site: self.context[site] for site in sites if self.context}
+        return replace(self, values={site: self.values[site] for site in sites}, context=context)
+
+    @property
+    def prompts(self) -> "Activations":
+        """The same table over what stood before each row, in place of the rows.
+
+        Raises:
+            InputError: that was not recorded.
+        """
+        if not self.context:
+            raise InputError(
+                "rows without what stood before them in their prompts",
+                expected="target-seeking rows, which a fit through the model makes",
+                remedy='fit through the model (innsteer.fit), or read the row itself (reads="row")',
+            )
+        return replace(self, values=self.context, context={})
 
     def sides(self, site: Site, behaviour: str | None = None) -> tuple[Tensor, Tensor]:
         """Source and target rows of a behaviour (the first by default), ``[n, d]``, ``[m, d]``.
@@ -237,7 +267,7 @@ class Activations:
     def save(self, folder: str | Path) -> Path:
         """Write as a one-shard recording; the folder must not exist."""
         with ShardWriter(folder, self.behaviours, self.read, self.provenance) as shards:
-            shards.write(self.values, self.rows)
+            shards.write(self.values, self.rows, self.context)
         return Path(folder)
 
     @classmethod
@@ -262,6 +292,7 @@ class Activations:
     def _read(cls, folder: Path, head: Mapping[str, Any]) -> "Activations":
         """The files that a recording's head names, joined."""
         values: dict[Site, list[Tensor]] = {}
+        context: dict[Site, list[Tensor]] = {}
         records: list[dict[str, Any]] = []
         for name, digest in head["files"].items():
             if Path(name).name != name or not (folder / name).is_file():
@@ -275,10 +306,14 @@ class Activations:
                 records += json.loads((folder / name).read_text(encoding="utf-8"))
             else:
                 for key, rows in load_file(folder / name).items():
-                    values.setdefault(Site.parse(key), []).append(rows)
-        joined = {site: torch.cat(parts) for site, parts in sorted(values.items())}
-        behaviours = tuple(head["behaviours"])
-        return cls(joined, Rows.of(records), behaviours, head["read"], head["provenance"])
+                    part = context if key.startswith(BEFORE) else values
+                    part.setdefault(Site.parse(key.removeprefix(BEFORE)), []).append(rows)
+        joined, before = (
+            {site: torch.cat(parts) for site, parts in sorted(part.items())}
+            for part in (values, context)
+        )
+        table, behaviours = Rows.of(records), tuple(head["behaviours"])
+        return cls(joined, table, behaviours, head["read"], head["provenance"], before)
 
     @property
     def hash(self) -> str:
@@ -286,7 +321,9 @@ class Activations:
         digest = hashlib.sha256(json.dumps(self.rows.records(), sort_keys=True).encode())
         for site in self.sites:
             digest.update(str(site).encode())
-            digest.update(self.values[site].float().contiguous().numpy().tobytes())
+            for part in (self.values, self.context):
+                if site in part:
+                    digest.update(part[site].contiguous().numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -316,11 +353,18 @@ class ShardWriter:
         self._stack.push(self._finish)
         return self
 
-    def write(self, values: Mapping[Site, Tensor], rows: Rows) -> None:
-        """Add one shard: values ``[n, d]`` per site and their table."""
+    def write(
+        self,
+        values: Mapping[Site, Tensor],
+        rows: Rows,
+        context: Mapping[Site, Tensor] = {},
+    ) -> None:
+        """Add one shard: values ``[n, d]`` per site, their table, and what stood before them."""
         assert self._folder is not None, "use as a context manager"
         stem = f"{len(self._files) // 2:05d}"
-        tensors = {str(site): v.float().contiguous() for site, v in values.items()}
+        named = {str(site): v for site, v in values.items()}
+        named |= {f"{BEFORE}{site}": v for site, v in context.items()}
+        tensors = {name: v.float().contiguous() for name, v in named.items()}
         save_file(tensors, self._folder / f"{stem}.safetensors")
         write_json(self._folder / f"{stem}.rows.json", rows.records())
         for suffix in ("safetensors", "rows.json"):

@@ -61,6 +61,12 @@ class Gated(Intervention):
 
     def __init__(self, inner: Intervention, gate: Gate) -> None:
         super().__init__()
+        if inner.contextual:
+            raise InputError(
+                "a gate around a map that reads the prompt",
+                expected="a map of rows alone",
+                remedy='fit the inner method with reads="row"',
+            )
         self.inner, self.gate = inner, gate
         self.width = inner.width
 
@@ -81,9 +87,10 @@ def fit_gate(
     *,
     kind: Kind,
     held: Tensor | None = None,
-    shrinkage: float = 0.1,
+    shrinkage: float = 0.5,
     quantile: float = 0.02,
-    slope: float = 6.0,
+    room: float = 0.2,
+    slope: float = 12.0,
     seed: int = 0,
     weights: Tensor | None = None,
     unrelated_weights: Tensor | None = None,
@@ -94,8 +101,9 @@ def fit_gate(
     Both kinds see z, the rows standardised by mean and spread of the statements.
 
     ``lda``: v = ((1 - shrinkage) Cov(z of statements) + shrinkage I)^-1 (mean z of statements -
-    mean z of unrelated); logit = slope * (score - threshold) / (median - threshold), score = v.z,
-    with threshold and median the ``quantile`` and the median of the held statements' scores. It
+    mean z of unrelated); logit = slope * (score - threshold) / (median - threshold), score = v.z.
+    The threshold lies a share ``room`` of the way from the ``quantile`` of the held statements'
+    scores down to the unrelated rows' 1 - ``quantile`` (at the first where they overlap). It
     looks at the unrelated rows' mean alone, which makes it reject kinds of unrelated rows that it
     has not seen; so it is the one to start with.
 
@@ -107,7 +115,8 @@ def fit_gate(
         held: statements that were kept out, for the threshold of ``lda``; None = the fitted ones,
             whose scores flatter it.
         shrinkage: share of I in the covariance, 0 to 1; needed where n is not far above d.
-        quantile: share of held statements below the threshold, 0 to 1/2.
+        quantile: share of held statements below the threshold at room 0, 0 to 1/2.
+        room: 0 to 1. Rows in other words than the fitted ones score lower: room for them.
         slope: the logit at the median, > 0: 6 opens the gate to 0.9975 there, and to 0.5 at the
             threshold.
         seed: of the cross-validation's parts.
@@ -131,7 +140,7 @@ def fit_gate(
     ...  for rows in (statements, unrelated)]
     [1.0, 0.0]
     """
-    _check(statements, unrelated, held, kind, shrinkage, quantile, slope)
+    _check(statements, unrelated, held, kind, (shrinkage, quantile, room, slope))
     rows, others = statements.double(), unrelated.double()
     w, w_others = _weights(weights, rows), _weights(unrelated_weights, others)
     mean = _mean(rows, w)
@@ -145,7 +154,13 @@ def fit_gate(
         kept = rows if held is None else held.double()
         w_kept = w if held is None else _weights(held_weights, kept)
         v, bias = _lda(
-            z, z_others, w, w_others, (kept - mean) / spread, w_kept, shrinkage, quantile, slope
+            z,
+            z_others,
+            w,
+            w_others,
+            (kept - mean) / spread,
+            w_kept,
+            (shrinkage, quantile, room, slope),
         )
     weight = v / spread
     return weight, bias - weight @ mean
@@ -194,11 +209,10 @@ def _lda(
     others_weight: Tensor,
     kept: Tensor,
     kept_weight: Tensor,
-    shrinkage: float,
-    quantile: float,
-    slope: float,
+    numbers: tuple[float, float, float, float],
 ) -> tuple[Tensor, Tensor]:
     """The shrunk discriminant and its calibrated threshold, on standardised rows."""
+    shrinkage, quantile, room, slope = numbers
     gap = _mean(z, weight) - _mean(others, others_weight)
     if not gap.any():
         raise InputError(
@@ -216,6 +230,8 @@ def _lda(
     )
     scores = kept @ v
     threshold, median = (_quantile(scores, kept_weight, q) for q in (quantile, 0.5))
+    outside = _quantile(others @ v, others_weight, 1 - quantile)
+    threshold = threshold - room * (threshold - outside).clamp_min(0)
     # Held statements that score alike, a single one say, still get a slope: from the fitted ones'
     # spread, about 2 of which lie between quantile and median.
     least = 0.1 * (v @ covariance @ v).sqrt() + 1e-9 * (gap @ v)
@@ -285,9 +301,7 @@ def _check(
     unrelated: Tensor,
     held: Tensor | None,
     kind: str,
-    shrinkage: float,
-    quantile: float,
-    slope: float,
+    numbers: tuple[float, float, float, float],
 ) -> None:
     """What ``fit_gate`` takes."""
     if kind not in get_args(Kind):
@@ -301,10 +315,10 @@ def _check(
                 f"{name} of shape {tuple(rows.shape)}",
                 expected=f"[n, d] of one width with n >= {least}",
             )
-    check_numbers(shrinkage, quantile, slope)
+    check_numbers(*numbers)
 
 
-def check_numbers(shrinkage: float, quantile: float, slope: float) -> None:
+def check_numbers(shrinkage: float, quantile: float, room: float, slope: float) -> None:
     """Refuse a gate's numbers that are out of range.
 
     Raises:
@@ -314,5 +328,7 @@ def check_numbers(shrinkage: float, quantile: float, slope: float) -> None:
         raise InputError(f"shrinkage={shrinkage}", expected="0 to 1")
     if not 0 <= quantile < 0.5:
         raise InputError(f"quantile={quantile}", expected="at least 0, below 0.5")
+    if not 0 <= room <= 1:
+        raise InputError(f"room={room}", expected="0 to 1")
     if not 0 < slope < float("inf"):
         raise InputError(f"slope={slope}", expected="a positive number")

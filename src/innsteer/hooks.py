@@ -8,7 +8,7 @@ to no others, so a sequence at strength 0 never passes through any arithmetic.
 import inspect
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from innsteer.errors import InputError, NothingSteeredError, PositionError, RefusedError
 from innsteer.interventions import Edit
 from innsteer.models import LanguageModel, Layout, find_layout
-from innsteer.site import Site, Span
+from innsteer.site import Site, Span, Where, before
+from innsteer.steerer import Intervention
 
 # Set on a cache that holds steered tokens: its first steered column, and the prompts it was steered
 # under. An attribute, because a copy of the cache (the way to reuse a prefix) must still tell.
@@ -56,6 +57,8 @@ class Attachment:
         turns: assistant turns of each sequence, for scope ``assistant``.
         displacement: a list to which |h' - h| / |h| of every edited row is appended.
         trace: one that several attachments share; the caller then calls ``require_selected``.
+        contexts: per site the context ``[sequences, d]`` of edits that read the prompt, where the
+            passes to come do not hold it; otherwise it is found as the prompt goes by.
 
     Raises:
         NothingSteeredError: on leaving, when no token was in any edit's scope, or none of those to
@@ -72,6 +75,7 @@ class Attachment:
         turns: Sequence[Sequence[Span]] | None = None,
         displacement: list[float] | None = None,
         trace: Trace | None = None,
+        contexts: Mapping[Site, Tensor] | None = None,
     ) -> None:
         self._displacement = displacement
         self._model: Any = model.model if isinstance(model, LanguageModel) else model
@@ -82,6 +86,7 @@ class Attachment:
         self._turns = [tuple(spans) for spans in turns] if turns is not None else None
         self._scopes: list[tuple[Tensor, Tensor, Tensor]] = []
         self._plan: list[tuple[Tensor, Tensor]] = []
+        self._contexts = _Contexts(self._edits, contexts)
         # Of the pass: its positions, and how often a site left each of its tokens alone.
         self._at = torch.empty(0, 0)
         self._spoiled: Counter[int] = Counter()
@@ -154,6 +159,7 @@ class Attachment:
         self.trace.selected += int(selected.sum())
         self.trace.touched += len(rows)
         self._first = start + int((touched % time).min()) if rows else None
+        self._contexts.plan(self._prompts, positions, real, start)
         device = self._model.device
         self._plan = [(index.to(device), coef.to(device)) for index, coef in plan]
         self._at, self._spoiled = positions, Counter()
@@ -222,10 +228,11 @@ class Attachment:
         ]
 
         def steer(h: Tensor) -> Tensor:
+            self._contexts.see(site, h)
             for number, intervention in mine:
                 index, coef = self._plan[number]
                 if len(index):
-                    h = self._apply(intervention, h, index, coef)
+                    h = self._apply(site, intervention, h, index, coef)
             return h
 
         if port == "input":
@@ -238,16 +245,21 @@ class Attachment:
 
         return module.register_forward_hook(after)
 
-    def _apply(self, part: Callable[..., Tensor], h: Tensor, index: Tensor, coef: Tensor) -> Tensor:
+    def _apply(
+        self, site: Site, part: Intervention, h: Tensor, index: Tensor, coef: Tensor
+    ) -> Tensor:
         """Edit the indexed rows of ``[batch, time, d]``; the others are the same bits."""
         flat = h.reshape(-1, h.shape[-1])
         every = len(index) == len(flat)
         rows = flat if every else flat[index.to(flat.device)]
+        context = self._contexts.of(site, index // h.shape[1]) if part.contextual else None
         broken = ~torch.isfinite(rows).all(-1)
+        if context is not None:
+            broken = broken | ~torch.isfinite(context).all(-1).to(broken.device)
         if count := int(broken.sum()):
             self.trace.nonfinite += count
             self._spoiled.update(index[broken.to(index.device)].tolist())
-        new = part(rows, coef.to(rows.device))
+        new: Tensor = part(rows, coef.to(rows.device), context)
         if self._displacement is not None:
             before, after = rows.float(), new.float()
             relative = (after - before).norm(dim=-1) / before.norm(dim=-1)
@@ -281,6 +293,65 @@ class Attachment:
                 model.generate = own
 
         return undo
+
+
+class _Contexts:
+    """What stood before the steered tokens of each sequence, per site: gathered as prompts go by.
+
+    Read before the site's own edits. Edits of scope ``generated`` change nothing that is read.
+    """
+
+    def __init__(self, edits: Sequence[Edit], given: Mapping[Site, Tensor] | None) -> None:
+        self._sites = {
+            site for edit in edits for site, part in edit.interventions.items() if part.contextual
+        }
+        self._given = given
+        self._sums: dict[Site, Tensor] = {}
+        self._counts = torch.empty(0)
+        self._inside = torch.empty(0)
+        self._wanted = torch.empty(0)
+
+    def plan(
+        self, prompts: Sequence[int] | None, positions: Tensor, real: Tensor, start: int
+    ) -> None:
+        """Which tokens of the coming pass belong to contexts."""
+        if not self._sites or self._given is not None:
+            return
+        batch = len(positions)
+        if start and len(self._counts) == batch and torch.equal(self._counts, self._wanted):
+            self._inside = torch.zeros(())
+            return
+        spans = torch.tensor([before(_entry(prompts, row, batch)) for row in range(batch)])
+        if start == 0 or len(self._counts) != batch:
+            self._sums, self._counts = {}, torch.zeros(batch, dtype=torch.long)
+        self._inside = (positions >= spans[:, :1]) & (positions < spans[:, 1:]) & real
+        self._counts = self._counts + self._inside.sum(1)
+        self._wanted = spans[:, 1] - spans[:, 0]
+
+    def see(self, site: Site, h: Tensor) -> None:
+        """Add the tokens of a pass at a site."""
+        if site not in self._sites or self._given is not None or not self._inside.any():
+            return
+        inside = self._inside.to(h.device).unsqueeze(-1)
+        total = torch.where(inside, h.float(), h.new_zeros((), dtype=torch.float32)).sum(1)
+        self._sums[site] = self._sums[site] + total if site in self._sums else total
+
+    def of(self, site: Site, sequences: Tensor) -> Tensor:
+        """Contexts ``[tokens, d]`` of tokens, by their sequences."""
+        if self._given is not None:
+            given: Tensor = self._given[site][sequences.to(self._given[site].device)]
+            return given
+        # Decoding with more sequences than prompts were seen, or a cache of other passes.
+        if site not in self._sums or not bool((self._counts == self._wanted).all()):
+            raise RefusedError(
+                "a pass without its prompt, under a steering that reads the prompt",
+                expected="every prompt token to go by while the steering is attached",
+                remedy="attach it before the prompt is run, and bring no cache of an earlier pass",
+            )
+        total = self._sums[site]
+        mean = total / self._wanted.to(total.device).unsqueeze(-1)
+        found: Tensor = mean[sequences.to(mean.device)]
+        return found
 
 
 def require_selected(trace: Trace, edits: Sequence[Edit]) -> None:
@@ -373,6 +444,11 @@ def _check(layout: Layout, edits: Sequence[Edit]) -> None:
     if not edits:
         raise InputError("no edit to attach", expected="at least one steering")
     for edit in edits:
+        if edit.interventions.contextual and edit.where != Where():
+            raise RefusedError(
+                f"scope {edit.where} for a steering that reads the prompt",
+                expected="scope 'generated': what is read must stand before what is steered",
+            )
         for site, part in edit.interventions.items():
             layout.at(site)  # refuses a layer or a stream that this model does not have
             width = layout.width_of(site)

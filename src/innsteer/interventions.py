@@ -93,33 +93,44 @@ class Latent(Intervention):
 
     Args:
         flow: f, of width d. step: what moves a latent row, of the same width.
+        reader: makes the map contextual: the step's readouts, a shear's, then see ``reader(c)`` of
+            the prompt's mean c instead of the row's other coordinates. The step is then of width
+            r + d for a shear that writes r.
 
     Written as a difference, the round-trip error cancels and strength 0 is exactly nothing. Both
     inverses run as one stacked call. What the step's strengths do, the map's do: where they add,
-    and -s undoes s, so it is here.
+    and -s undoes s, so it is here, whatever f: c is never edited.
     """
 
     flow: Flow
     step: Step
+    reader: Flow | None
 
-    def __init__(self, flow: Flow, step: Step) -> None:
+    def __init__(self, flow: Flow, step: Step, reader: Flow | None = None) -> None:
         super().__init__()
-        self.flow, self.step = flow, step
-        self.width = flow.width
+        self.flow, self.step, self.reader = flow, step, reader
+        self.width, self.contextual = flow.width, reader is not None
 
-    def displacement(self, h: Tensor, coef: Tensor) -> Tensor:
+    def displacement(self, h: Tensor, coef: Tensor, context: Tensor | None = None) -> Tensor:
         """g(step(f(h), coef)) - g(f(h))."""
         z = self.flow(h)
-        moved, back = self.flow.inverse(torch.cat([self.step(z, coef), z])).chunk(2)
+        if self.reader is None or context is None:
+            new = self.step(z, coef)
+        else:
+            assert isinstance(self.step, Shear)
+            r = self.step.write.shape[-1]
+            moved = self.step(torch.cat([z[:, :r], self.reader(context)], -1), coef)
+            new = torch.cat([moved[:, :r], z[:, r:]], -1)
+        moved, back = self.flow.inverse(torch.cat([new, z])).chunk(2)
         return moved - back
 
     @property
     def sizes(self) -> dict[str, int]:
-        """What the rows decided: the rank of a subspace, the coordinates that a shear writes."""
+        """What the rows decided: a subspace's rank, the coordinates a shear writes, a reader."""
         sizes = {"subspace": self.flow.inner.width} if isinstance(self.flow, Subspace) else {}
-        return sizes | (
-            {"write": self.step.write.shape[-1]} if isinstance(self.step, Shear) else {}
-        )
+        if isinstance(self.step, Shear):
+            sizes["write"] = self.step.write.shape[-1]
+        return sizes | ({"reader": self.width} if self.contextual else {})
 
 
 @dataclass(frozen=True)

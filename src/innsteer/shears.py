@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from innsteer.readouts import Aims, aims, decision, mean_lift
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions
 
+Reads = Literal["row", "prompt"]
 OPEN = 20.0
 """A bias at which tanh and sigmoid are 1 to float32's round-off."""
 
@@ -30,13 +32,16 @@ class ShearFit:
     kappa: float = 2.0
     gate: bool = True
     apart: bool = False
-    shrinkage: float = 0.1
+    reads: Reads | None = None
+    shrinkage: float = 0.5
     quantile: float = 0.02
-    slope: float = 6.0
+    room: float = 0.2
+    slope: float = 12.0
 
     @torch.no_grad()
     def closed_form(self, acts: Activations, site: Site, *, seed: int = 0) -> Latent:
         """Write along the mean gradients, read the key and the gate from what is left."""
+        prompts = self.reads_prompt(acts)
         parts = [aims(acts, site, behaviour) for behaviour in acts.behaviours]
         k, width = len(parts), acts.widths[site]
         pairs = sum(len(part.rows) for part in parts)
@@ -48,10 +53,21 @@ class ShearFit:
         spread = standardise.std.double()
         writes = torch.stack([mean_lift(part) for part in parts]) / spread
         rotate.vectors.copy_(_reflections(_span(writes, parts, spread, r)))
-        step = Shear(width, r, k, self.units)
+        reader = None
+        if prompts:
+            reader = Standardise(width)
+            before = [aims(acts.prompts, site, behaviour).rows for behaviour in acts.behaviours]
+            reader.initialise(torch.cat(before).float())
+        step = Shear(r + width if prompts else width, r, k, self.units)
         for row in range(k):
-            self._set_row(flow, step, row, acts, site, row, seed)
-        return Latent(flow, step)
+            self._set_row(Latent(flow, step, reader), row, acts, site, row, seed)
+        return Latent(flow, step, reader)
+
+    def reads_prompt(self, acts: Activations) -> bool:
+        """Whether readouts see the prompts' means, by the field and by what the rows bring."""
+        if self.reads is not None:
+            return self.reads == "prompt"
+        return bool(acts.context) and bool((acts.rows.key != "").any())
 
     @torch.no_grad()
     def extend(self, fitted: Interventions, acts: Activations, *, seed: int = 0) -> Interventions:
@@ -82,55 +98,59 @@ class ShearFit:
                     remedy="fit all behaviours together",
                 )
             k, units, r = old.write.shape
-            step = Shear(part.width, r, k + len(acts.behaviours), units)
+            step = Shear(r + old.read.shape[-1], r, k + len(acts.behaviours), units)
             for name, tensor in old.named_parameters():
                 step.get_parameter(name)[:k] = tensor
+            grown[site] = wider = Latent(
+                copy.deepcopy(flow), step, copy.deepcopy(getattr(part, "reader", None))
+            )
             for n in range(len(acts.behaviours)):
-                self._set_row(flow, step, k + n, acts, site, n, seed)
-            grown[site] = Latent(copy.deepcopy(flow), step)
+                self._set_row(wider, k + n, acts, site, n, seed)
         return Interventions(grown).eval().requires_grad_(False)
 
     def _set_row(
-        self,
-        flow: Flow,
-        step: Shear,
-        row: int,
-        acts: Activations,
-        site: Site,
-        column: int,
-        seed: int,
+        self, part: Latent, row: int, acts: Activations, site: Site, column: int, seed: int
     ) -> None:
         """One behaviour's latent parameters, in the coordinates of a flow that is affine."""
-        behaviour, exact = acts.behaviours[column], copy.deepcopy(flow).double()
-        part, held = (aims(acts, site, behaviour, name) for name in ("train", "validation"))
-        r = step.write.shape[-1]
-        step.write[row, 0] = _turned(exact, mean_lift(part)[None])[0, :r]
-        inner = part._replace(rows=exact(part.rows)[:, r:])
-        kept = held._replace(rows=exact(held.rows)[:, r:])
-        self._read(step, row, inner, kept, seed)
-        still = acts.where(split="train").unmoved(site, behaviour).double()
+        behaviour, step = acts.behaviours[column], part.step
+        assert isinstance(step, Shear)
+        exact, r = copy.deepcopy(part.flow).double(), step.write.shape[-1]
+        step.write[row, 0] = _turned(exact, mean_lift(aims(acts, site, behaviour))[None])[0, :r]
+        seen, reader = acts, copy.deepcopy(part.reader)
+        if reader is not None:
+            seen, reader = acts.prompts, reader.double()
+
+        def inner(rows: Tensor) -> Tensor:
+            """What the readouts see of rows."""
+            found: Tensor = exact(rows)[:, r:] if reader is None else reader(rows)
+            return found
+
+        own, held = (aims(seen, site, behaviour, name) for name in ("train", "validation"))
+        own, held = (one._replace(rows=inner(one.rows)) for one in (own, held))
+        self._read(step, row, own, held, seed)
+        still = seen.where(split="train").unmoved(site, behaviour).double()
         if self.apart:
             others = [name for name in acts.behaviours if name != behaviour]
-            still = torch.cat([still, *(aims(acts, site, name).rows for name in others)])
-        still = exact(still)[:, r:]
-        if self.gate and part.choice and len(still) == 1:
+            still = torch.cat([still, *(aims(seen, site, name).rows for name in others)])
+        if self.gate and own.choice and len(still) == 1:
             raise InputError(
                 f"one unmoved row of {behaviour!r}",
                 expected="two at least, many better, to fit a gate",
                 remedy="give more unmoved prompts, or gate=False",
             )
-        if not (self.gate and part.choice and len(still)):
+        if not (self.gate and own.choice and len(still)):
             step.gate_bias[row] = OPEN
             return
         step.gate[row], step.gate_bias[row] = fit_gate(
-            inner.rows,
-            still,
+            own.rows,
+            inner(still),
             kind="lda",
-            held=kept.rows if len(kept.rows) > 1 else None,
+            held=held.rows if len(held.rows) > 1 else None,
             shrinkage=self.shrinkage,
             quantile=self.quantile,
+            room=self.room,
             slope=self.slope,
-            weights=part.weight,
+            weights=own.weight,
         )
 
     def _read(self, step: Shear, row: int, own: Aims, held: Aims, seed: int) -> None:

@@ -17,6 +17,8 @@ STREAMS: tuple[str, ...] = get_args(Stream)
 Scope = Literal["generated", "prompt", "assistant", "all", "range"]
 SCOPES: tuple[str, ...] = get_args(Scope)
 Span = tuple[int, int | None]
+WINDOW = 64
+"""Tokens of a prompt's context: enough for a question and its wording; a long chat fades."""
 
 
 @dataclass(frozen=True, order=True)
@@ -152,3 +154,23 @@ class Where:
                 remedy="call model.generate, pass prompt_lengths=[...] to on(), or use scope 'all'",
             )
         return ((prompt - 1, None),) if self.scope == "generated" else ((0, prompt - 1),)
+
+
+def before(prompt: int) -> tuple[int, int]:
+    """The positions whose mean is a prompt's context: at most ``WINDOW`` before its last token.
+
+    Position 0 stays out: BOS, or what stands in its place, is the attention's sink.
+
+    Raises:
+        PositionError: a prompt too short to have any.
+
+    >>> before(100), before(10)
+    ((35, 99), (1, 9))
+    """
+    start, stop = max(prompt - 1 - WINDOW, 1), prompt - 1
+    if start >= stop:
+        raise PositionError(
+            f"a prompt of {prompt} tokens for a steering that reads the prompt",
+            expected="at least 3 tokens",
+        )
+    return start, stop

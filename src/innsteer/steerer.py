@@ -27,25 +27,45 @@ class Intervention(nn.Module, ABC):
     h' = h + displacement(h, coef). Subclasses write ``displacement``; ``forward`` keeps the laws:
     rows whose coefficients are all 0, and rows that are not finite, come back bit for bit; shape,
     dtype and device are kept; nothing happens in place. ``width`` is d; subclasses set it.
+
+    A ``contextual`` map also takes each row's context: the mean of what stood before the steered
+    tokens in its prompt, at the same site (``site.before``). Its ``displacement`` has that as third
+    argument. The context is never edited, so a map may read it whole and keep its laws.
     """
 
     width: int
+    contextual: bool = False
 
-    def forward(self, h: Tensor, coef: Tensor) -> Tensor:
+    def forward(self, h: Tensor, coef: Tensor, context: Tensor | None = None) -> Tensor:
         """Steer rows.
 
         Args:
             h: activations ``[tokens, d]``, any float dtype.
             coef: strengths ``[tokens, k]``, one per token and behaviour; 0 = unsteered, 1 = the
                 fitted map, unitless.
+            context: ``[tokens, d]`` for a contextual map; others leave it unread.
 
         Returns:
             ``[tokens, d]`` in the dtype of ``h``.
+
+        Raises:
+            InputError: a contextual map without context.
         """
         dtype = self.compute_dtype(h)
-        edited = h.to(dtype) + self.displacement(h.to(dtype), coef.to(dtype))
         # A select, not a product with a mask: 0 * inf would not be nothing.
         touched = self.touched(h, coef)
+        if not self.contextual:
+            move = self.displacement(h.to(dtype), coef.to(dtype))
+        elif context is None:
+            raise InputError(
+                "rows without context for a map that reads the prompt",
+                expected="the mean of each row's prompt before the steered tokens, [tokens, d]",
+                remedy="attach it to a model (Steering.on), which finds the contexts",
+            )
+        else:
+            touched = touched & torch.isfinite(context).all(-1)
+            move = self.displacement(h.to(dtype), coef.to(dtype), context.to(dtype))  # type: ignore[call-arg]
+        edited = h.to(dtype) + move
         return torch.where(touched.unsqueeze(-1), edited.to(h.dtype), h)
 
     @abstractmethod
@@ -88,6 +108,11 @@ class Interventions(nn.Module):
     def items(self) -> Iterator[tuple[Site, Intervention]]:
         """Pairs of site and intervention, lowest layer first."""
         return ((site, self[site]) for site in self.sites)
+
+    @property
+    def contextual(self) -> bool:
+        """Whether any map reads the prompt."""
+        return any(part.contextual for _, part in self.items())
 
     @property
     def sizes(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import tiny
-from edits import hooks_of, seen, shift
+from edits import hooks_of, seen, shift, told
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF
 from innsteer.backends.through import Through
@@ -122,6 +122,34 @@ def test_the_last_block_can_be_steered_too(model):
     got = run.answers(maps, [0, 1, 2, 3, 4], [0.5] * 5)
     close(got.target, summed(model, choice(), maps, torch.tensor([0.5]))[0])
     assert run.rows().widths == {site: tiny.WIDTH}
+
+
+@pytest.mark.parametrize("prefixed", [True, False], ids=["shared prefix", "no shared prefix"])
+@pytest.mark.parametrize("contrast", [choice(), free()], ids=["choice", "open"])
+def test_maps_that_read_the_prompt_are_told_what_the_engine_tells_them(model, contrast, prefixed):
+    if not prefixed:
+        model = bare(tiny.tiny_language_model(model.name.removeprefix("tiny-")))
+    run = Through(HF(model, batch_tokens=90), [contrast], BOTH)
+    numbers, maps = run.items("train") + run.items("validation"), told(model, *BOTH)
+    got = run.answers(maps, numbers, [0.5] * len(numbers))
+    want = summed(model, contrast, maps, torch.tensor([0.5]))
+    plain = run.answers(None, numbers, [0.5] * len(numbers))
+    for side in (0, 1):
+        close(got[side], want[side])
+        assert (got[side] - plain[side]).abs().max() > 0.1
+
+
+def test_rows_bring_the_context_of_each_prompt(llama):
+    run = Through(HF(llama), [choice()], BOTH, unmoved(llama))
+    acts, count = run.rows(), len(QUESTIONS)
+    prompts = [*QUESTIONS, *QUESTIONS, *(prompt.conversation for prompt in NEUTRAL)]
+    for site in BOTH:
+        for row, prompt in zip(acts.context[site], prompts, strict=True):
+            ids = llama.encode(prompt).ids
+            with seen(llama, site) as held:
+                llama.model(torch.tensor([ids]))
+            close(row, held[0][0, max(1, len(ids) - 65) : -1].mean(0), atol=2e-5)
+        assert torch.equal(acts.context[site][:count], acts.context[site][count : 2 * count])
 
 
 def test_the_strength_of_an_item_goes_into_the_column_of_its_behaviour(model):

@@ -183,7 +183,8 @@ def test_sides_are_all_rows_and_pairs_their_middles():
 def test_pairs_set_the_gate_by_the_middles():
     acts = recording()
     sides, pairs = (
-        GatedMethod(statements=which).fit(acts)[SITE].gate for which in ("sides", "pairs")
+        GatedMethod(statements=which, slope=6.0, room=0.0, shrinkage=0.1).fit(acts)[SITE].gate
+        for which in ("sides", "pairs")
     )
     middle = acts.pairs(SITE)
     logits = ((middle[0] + middle[1]) / 2) @ pairs.weight[0] + pairs.bias[0]
@@ -195,7 +196,7 @@ def test_pairs_set_the_gate_by_the_middles():
 def test_validation_statements_set_the_threshold_and_test_rows_nothing():
     train, held = recording(), recording(split="validation", seed=1)
     gates = {
-        name: GatedMethod().fit(acts)[SITE].gate
+        name: GatedMethod(room=0.0, slope=6.0).fit(acts)[SITE].gate
         for name, acts in {
             "train": train,
             "held": joined(train, held),
@@ -214,7 +215,14 @@ def test_validation_statements_set_the_threshold_and_test_rows_nothing():
 
 @pytest.mark.parametrize(
     "fields",
-    [{}, {"shrinkage": 0.6}, {"quantile": 0.2}, {"slope": 3.0}, {"gate": "logistic"}],
+    [
+        {},
+        {"shrinkage": 0.6},
+        {"quantile": 0.2},
+        {"room": 0.9},
+        {"slope": 3.0},
+        {"gate": "logistic"},
+    ],
     ids=str,
 )
 def test_the_gate_is_fitted_with_the_fields(fields):

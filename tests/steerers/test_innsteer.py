@@ -28,7 +28,7 @@ from innsteer.flows import (
     Translation,
 )
 from innsteer.interventions import Latent
-from innsteer.readouts import aims
+from innsteer.readouts import aims, mean_lift
 from innsteer.site import Site
 from innsteer.steerer import Interventions
 from innsteer.steerers.diffmean import DiffMean
@@ -953,7 +953,7 @@ def test_a_fitted_shear_takes_another_behaviour_and_keeps_the_first(tmp_path):
     first, second = (
         replace(acts.where(behaviour=[name, ""]), behaviours=(name,)) for name in acts.behaviours
     )
-    method = INNSteer(**AIM, write=WIDE - 3, units=2)
+    method = INNSteer(**AIM, write=WIDE - 3, units=2, room=0.0)
     fitted = method.fit(first)
     before = copy.deepcopy(fitted)
     grown = method.extend(fitted, second)
@@ -984,6 +984,101 @@ def test_only_plain_shears_of_the_same_sites_are_extended():
     for other in (deep, INNSteer(epochs=1, hidden=4)):
         with pytest.raises(InputError, match="no plain shear"):
             other.extend(other.fit(acts), acts)
+
+
+# --- reading the prompt --------------------------------------------------------------------------
+
+
+def prompted(**how) -> Activations:
+    """Rows that say nothing of the key nor of the kind, after prompts that do."""
+    acts = seeking(**how)
+    rows = acts.values[Site(3)]
+    source = acts.rows.side == "source"
+    context = rows.clone()
+    # Both sides of a pair stand after the same prompt.
+    context[acts.rows.side == "target"] = rows[source]
+    blank = torch.randn(rows.shape, generator=draws(99))
+    half = (rows[acts.rows.side == "target"] - rows[source]) / 2
+    moved = blank.clone()
+    moved[source], moved[acts.rows.side == "target"] = blank[source] - half, blank[source] + half
+    return replace(acts, values={Site(3): moved}, context={Site(3): context})
+
+
+def test_readouts_of_the_prompt_see_what_the_row_does_not_hold():
+    acts, new = prompted(), prompted(seed=7)
+    parts = {reads: INNSteer(**AIM, reads=reads).fit(acts)[Site(3)] for reads in ("prompt", "row")}
+    assert INNSteer(**AIM).fit(acts)[Site(3)].contextual  # it is the default where it can be
+    assert parts["prompt"].contextual and not parts["row"].contextual
+    asked = new.where(side="source")
+    h, context = asked.values[Site(3)], asked.context[Site(3)]
+    keys = torch.tensor([1.0 if key == "Yes" else -1.0 for key in asked.rows.key])
+    line = mean_lift(aims(acts, Site(3), "b0")).float()
+    pushed = {
+        reads: (part(h, column(1.0, len(h)), context) - h) @ line for reads, part in parts.items()
+    }
+    assert (pushed["prompt"].sign() == keys).float().mean() > 0.95
+    assert (pushed["row"].sign() == keys).float().mean() < 0.8
+    still = new.where(side="unmoved")
+    rows, before = still.values[Site(3)], still.context[Site(3)]
+    left = parts["prompt"](rows, column(1.0, len(rows)), before) - rows
+    assert left.norm(dim=-1).max() < 0.02 * pushed["prompt"].abs().mean() / line.norm()
+
+
+def test_a_shear_that_reads_the_prompt_keeps_the_laws_of_strength(tmp_path):
+    acts = prompted()
+    method = INNSteer(**AIM)
+    part = doubled(method.fit(acts)[Site(3)])
+    h, context = acts.values[Site(3)].double(), acts.context[Site(3)].double()
+    a, b = (torch.rand(len(h), 1, generator=draws(s), dtype=h.dtype) * 4 - 2 for s in (1, 2))
+    assert (part(h, a, context) - h).abs().max() > 0.5
+    once = part(part(h, a, context), b, context)
+    torch.testing.assert_close(once, part(h, a + b, context), rtol=0, atol=1e-10)
+    back = part(part(h, a, context), -a, context)
+    torch.testing.assert_close(back, h, rtol=0, atol=1e-10)
+    assert torch.equal(part(h, 0 * a, context), h)
+    broken = context.clone()
+    broken[0, 0] = torch.inf
+    assert torch.equal(part(h, a, broken)[0], h[0])
+    with pytest.raises(InputError, match="without context"):
+        part(h, a)
+    steering = Steering(method, method.fit(acts), acts.behaviours)
+    loaded = Steering.load(steering.save(tmp_path / "s"))
+    assert loaded.identity == steering.identity
+    assert loaded.interventions.contextual
+    h, context = h.float(), context.float()
+    first, second = (one.interventions[Site(3)] for one in (steering, loaded))
+    coef = column(1.0, len(h))
+    assert torch.equal(first(h, coef, context), second(h, coef, context))
+    assert all(
+        math.isfinite(value) for value in method.diagnose(acts, loaded.interventions).values()
+    )
+
+
+def test_a_shear_that_reads_the_prompt_takes_another_behaviour():
+    acts = prompted(k=2)
+    first, second = (
+        replace(acts.where(behaviour=[name, ""]), behaviours=(name,)) for name in acts.behaviours
+    )
+    method = INNSteer(**AIM)
+    fitted = method.fit(first)
+    grown = method.extend(fitted, second)[Site(3)]
+    h, context = acts.values[Site(3)], acts.context[Site(3)]
+    own = one_hot(len(h), 0, 2).float()
+    want = fitted[Site(3)](h, column(1.0, len(h)), context)
+    torch.testing.assert_close(grown(h, own, context), want, rtol=0, atol=1e-6)
+    other = one_hot(len(h), 1, 2).float()
+    assert (grown(h, other, context) - h).abs().max() > 0.01
+
+
+def test_what_cannot_read_the_prompt_says_so():
+    with pytest.raises(InputError, match='reads="prompt"'):
+        INNSteer(**AIM, reads="prompt", couplings=2)
+    with pytest.raises(InputError, match='reads="prompt"'):
+        INNSteer(reads="prompt")
+    with pytest.raises(InputError, match="without what stood before them"):
+        INNSteer(**AIM, reads="prompt").fit(seeking())
+    assert not INNSteer(**AIM, couplings=2, hidden=4, epochs=1).fit(prompted())[Site(3)].contextual
+    assert not INNSteer(**AIM).fit(prompted(keyed=False))[Site(3)].contextual
 
 
 # --- through the model ---------------------------------------------------------------------------
@@ -1023,7 +1118,8 @@ def test_the_polish_lowers_the_validation_loss_and_moves_no_gate(
         return courses[-1]
 
     monkeypatch.setattr("innsteer.steerers.innsteer.train_through", course)
-    method = INNSteer(**AIM, **fields, polish=45, polish_batch=8, polish_rate=1e-2)
+    aim = AIM | {"reads": "row", "room": 0.0, "shrinkage": 0.1}
+    method = INNSteer(**aim, **fields, polish=45, polish_batch=8, polish_rate=1e-2)
     plain, polished = (m.fit_through(run) for m in (replace(method, polish=0), method))
     assert len(courses) == 1 and courses[0].kept > 0
     assert min(courses[0].held_out) < courses[0].held_out[0]

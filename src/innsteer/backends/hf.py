@@ -21,7 +21,7 @@ from innsteer.errors import InputError
 from innsteer.hooks import Attachment, Trace
 from innsteer.interventions import Edit
 from innsteer.models import Encoded, LanguageModel
-from innsteer.site import Site, Span, Where
+from innsteer.site import WINDOW, Site, Span, Where
 
 
 class _Stop(BaseException):
@@ -150,16 +150,31 @@ class HF(Engine):
         return [tuple(values) for values in answers]
 
     def score_text(self, texts: Sequence[str], edits: Sequence[Edit] = ()) -> list[float]:
-        """Total log-probability of plain texts, without any template; every token steered."""
+        """Total log-probability of plain texts, without any template; every token steered.
+
+        A text's first ``WINDOW`` tokens stand for the prompt of edits that read one: the others
+        are steered.
+        """
         tokenizer = self.model.tokenizer
         rows = [tuple(tokenizer(text)["input_ids"]) for text in texts]
-        edits = [replace(edit, where=Where("all")) for edit in edits]
+        edits = [
+            replace(edit, where=Where() if edit.interventions.contextual else Where("all"))
+            for edit in edits
+        ]
         found = [0.0] * len(rows)
         scored = [i for i, row in enumerate(rows) if len(row) > 1]
         for part in self._batches([len(rows[i]) for i in scored], silent, "score"):
             index = [scored[j] for j in part]
             ids, mask = self._pad([rows[i] for i in index], side="right")
-            attached = Attachment(self.model, edits_of(edits, index)) if edits else nullcontext()
+            attached = (
+                Attachment(
+                    self.model,
+                    edits_of(edits, index),
+                    prompt_lengths=[min(len(rows[i]), WINDOW + 2) for i in index],
+                )
+                if edits
+                else nullcontext()
+            )
             with torch.inference_mode(), attached:
                 log_probs = self._logits(ids, mask, 0)[:, :-1].float().log_softmax(-1)
             picked = log_probs.gather(-1, ids[:, 1:].unsqueeze(-1)).squeeze(-1)

@@ -131,7 +131,9 @@ class Meter:
         return [found[i] for i in range(len(self.reference.ids))]
 
     def _late(self, part: "_Measured", edits: Sequence[Edit]) -> bool:
-        """Whether the columns before the prefix's end stay unedited, in every layer."""
+        """Whether the columns before the prefix's end stay unedited, in every layer, and unread."""
+        if any(edit.interventions.contextual for edit in edits):
+            return False
         reference, width = self.reference, part.ids.shape[1]
         return all(
             width - len(reference.ids[i]) + start >= part.prefix

@@ -24,7 +24,7 @@ from innsteer.contrast import Contrast, Item
 from innsteer.errors import InputError
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
-from innsteer.site import Site
+from innsteer.site import WINDOW, Site
 from innsteer.steerer import Answers, Interventions
 
 TOKENS = 512
@@ -112,6 +112,7 @@ class Through:
         }
         self._hidden: dict[int, Tensor] = {}
         self._past: dict[int, Tensor] = {}
+        self._before: dict[int, dict[Site, Tensor]] = {}
         self._common: Tensor = torch.empty(0)
         self._shared = self._shared_prefix()
         self._base: dict[int, Tensor] = {}
@@ -238,15 +239,21 @@ class Through:
                 lifts[site].append(grad)
         train = torch.tensor(self.items("train") or range(len(self._asked)))
         still = self._still_rows(interventions)
-        joined = {}
+        joined, context = {}, {}
+        asked = [self._own(number)[0] for number in range(len(self._asked))]
         for site in self.sites:
+            numbers = [*asked, *asked, *self._bare()]
+            context[site] = torch.stack([self._before[n][site] for n in numbers]).cpu()
             h, grad = torch.cat(values[site]), torch.cat(lifts[site])
             own = h[train]
             spread = (own - own.mean(0)).norm(dim=-1).square().mean().sqrt()
             move = step * spread * grad / grad.norm(dim=-1, keepdim=True).clamp_min(1e-12)
             joined[site] = torch.cat([h - move, h + move, *still[site]])
         table = Rows.of(self._table())
-        found = Activations(joined, table, self.behaviours, "last", self._provenance)
+        # A prompt too short to have a context: none is given, and what needs one says so.
+        whole = all(torch.isfinite(rows).all() for rows in context.values())
+        before = context if whole else {}
+        found = Activations(joined, table, self.behaviours, "last", self._provenance, before)
         if interventions is None:
             self._rows[step, said] = found
         return found
@@ -443,11 +450,13 @@ class Through:
     def _keep_prefixes(self, progress: Progress) -> None:
         """One pass over everything: hidden states of the steered tokens, and what precedes them."""
         common: DynamicCache | None = None
+        shared: dict[Site, Tensor] = {}
         with torch.no_grad():
             if self._shared:
                 ids = torch.tensor([self._sequences[0].ids[: self._shared]])
                 common = DynamicCache()
-                self._base_model(ids.to(self._model.device), torch.ones_like(ids), common)
+                with self._watch(shared):
+                    self._base_model(ids.to(self._model.device), torch.ones_like(ids), common)
                 self._common = self._upper(common)
             lengths = [len(sequence.ids) - self._shared for sequence in self._sequences]
             for index in self._backend._batches(lengths, progress, "prefixes"):
@@ -461,7 +470,8 @@ class Through:
                         size = (len(index), -1, -1, -1)
                         cache.update(layer.keys.expand(size), layer.values.expand(size), number)
                 held: list[Any] = []
-                with self._tap(held):
+                seen: dict[Site, Tensor] = {}
+                with self._tap(held), self._watch(seen):
                     self._base_model(ids, mask, cache)
                 upper = self._upper(cache)
                 hidden = held[0][0] if isinstance(held[0], tuple) else held[0]
@@ -471,6 +481,10 @@ class Through:
                     own = slice(start - self._shared, end - self._shared)
                     self._hidden[i] = hidden[row, own].clone()
                     self._past[i] = upper[:, :, row, :, self._shared : start].clone()
+                    self._before[i] = {
+                        site: _mean_before(shared.get(site), h[row], start + 1)
+                        for site, h in seen.items()
+                    }
 
     def _base_model(self, ids: Tensor, mask: Tensor, cache: DynamicCache) -> None:
         start = mask.shape[1] - ids.shape[1]
@@ -542,6 +556,10 @@ class Through:
                 self._model,
                 [Edit(interventions, coef)],
                 prompt_lengths=[start + 1 for start in starts],
+                contexts={
+                    site: torch.stack([self._before[number][site] for number in numbers])
+                    for site in self.sites
+                },
             )
             if interventions is not None and bool((coef != 0).any())
             else nullcontext()
@@ -596,3 +614,13 @@ class Through:
                 base = logits.float().log_softmax(-1)
             for row, number in enumerate(chosen):
                 self._base[number] = base[row, : self._length(number)].clone()
+
+
+def _mean_before(shared: Tensor | None, own: Tensor, prompt: int) -> Tensor:
+    """A prompt's context, from the rows of its shared part ``[1, time, d]`` and of its own.
+
+    NaN where the prompt is too short: only a map that reads it must complain.
+    """
+    rows = own if shared is None else torch.cat([shared[0], own])
+    start, stop = max(prompt - 1 - WINDOW, 1), prompt - 1
+    return rows[start:stop].float().mean(0)

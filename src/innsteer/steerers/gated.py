@@ -44,7 +44,7 @@ class GatedMethod(Steerer):
             rows of two texts, their mean is no row that the gate will meet, and spreads less. Rows
             without a partner stand for themselves.
         gate: ``lda`` or ``logistic``, see ``innsteer.gating.fit_gate``.
-        shrinkage, quantile, slope: of ``lda``, unitless.
+        shrinkage, quantile, room, slope: of ``lda``, unitless.
 
     Reference:
         Lee et al., Programming Refusal with Conditional Activation Steering (2024),
@@ -71,15 +71,16 @@ class GatedMethod(Steerer):
     config: dict[str, Any] = field(default_factory=dict, hash=False)
     statements: Statements = "sides"
     gate: Kind = "lda"
-    shrinkage: float = 0.1
+    shrinkage: float = 0.5
     quantile: float = 0.02
-    slope: float = 6.0
+    room: float = 0.2
+    slope: float = 12.0
 
     def __post_init__(self) -> None:
         for name, kind in {"statements": Statements, "gate": Kind}.items():
             if getattr(self, name) not in get_args(kind):
                 raise UnknownName(name, getattr(self, name), get_args(kind))
-        check_numbers(self.shrinkage, self.quantile, self.slope)
+        check_numbers(self.shrinkage, self.quantile, self.room, self.slope)
         inner = self.inner
         if isinstance(inner, GatedMethod) or inner.across_tokens:
             raise InputError(
@@ -138,6 +139,7 @@ class GatedMethod(Steerer):
                     held=kept if len(kept) else None,
                     shrinkage=self.shrinkage,
                     quantile=self.quantile,
+                    room=self.room,
                     slope=self.slope,
                     seed=seed,
                     weights=weight,

@@ -3,7 +3,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -23,7 +23,7 @@ from innsteer.flows import (
     coupling_stack,
 )
 from innsteer.interventions import Latent, trainable
-from innsteer.shears import ShearFit, freeze_gates, sharpen
+from innsteer.shears import Reads, ShearFit, freeze_gates, sharpen
 from innsteer.site import Site
 from innsteer.steerer import Interventions, Runner, Steerer, side_means
 from innsteer.training import best_scale, lessons, teach, train_through
@@ -129,7 +129,13 @@ class INNSteer(Steerer):
             are choices.
         apart: the items of the behaviours that are fitted together count as unmoved for each other,
             so that a behaviour's gate opens on its own items alone.
-        shrinkage, quantile, slope: of the gate, see ``gating.fit_gate``.
+        reads: what a shear's readouts and gate see: the ``row``'s other coordinates, or the
+            ``prompt``: the mean of the rows before the steered tokens (``site.before``), the same
+            for every token of an answer. The prompt says more, and says it alike in other wordings;
+            an engine must then see the whole prompt go by, under scope ``generated``. None: the
+            prompt where a fit through the model brings it, items are choices and there are no
+            couplings.
+        shrinkage, quantile, room, slope: of the gate, see ``gating.fit_gate``.
         denoised: teach couplings the closed form's field rather than the raw gradients.
         polish: steps through the frozen model, the best validation state is kept; 0 = none.
         polish_reads: let them move the readouts too.
@@ -186,11 +192,13 @@ class INNSteer(Steerer):
     kappa: float = 2.0
     gate: bool = True
     apart: bool = False
-    shrinkage: float = 0.1
+    reads: Reads | None = None
+    shrinkage: float = 0.5
     quantile: float = 0.02
-    slope: float = 6.0
+    room: float = 0.2
+    slope: float = 12.0
     denoised: bool = True
-    polish: int = 80
+    polish: int = 40
     polish_reads: bool = False
     polish_rate: float = 3e-3
     polish_batch: int = 32
@@ -203,7 +211,7 @@ class INNSteer(Steerer):
             + ("transport", "direction", "margin", "weight_decay", "warmup", "write", "polish")
             + ("polish_unmoved",),
         }
-        for name, kind in {"objective": Objective, "family": Family}.items():
+        for name, kind in {"objective": Objective, "family": Family, "reads": Reads}.items():
             if getattr(self, name) is not None and getattr(self, name) not in get_args(kind):
                 raise UnknownName(name, getattr(self, name), get_args(kind))
         # Settled here, so that an artifact outlives a change of the recipes.
@@ -228,6 +236,11 @@ class INNSteer(Steerer):
                 raise InputError(f"{name}={getattr(self, name)}", expected="a positive number")
         if not 0 < self.holdout < 1:
             raise InputError(f"holdout={self.holdout}", expected="between 0 and 1")
+        if self.reads == "prompt" and not (self._shears and not self._of("couplings")):
+            raise InputError(
+                'reads="prompt" of a translation, or with couplings',
+                expected='family="shear" and couplings=0',
+            )
         choices = {"mixing": Mixing, "activation": Activation, "separation_form": Form}
         for name, kind in choices.items():
             if getattr(self, name) not in get_args(kind):
@@ -251,7 +264,9 @@ class INNSteer(Steerer):
     @property
     def _shear(self) -> ShearFit:
         """The part of the fields that sets a shear."""
-        return ShearFit(**{field.name: getattr(self, field.name) for field in fields(ShearFit)})
+        found = ShearFit(**{field.name: getattr(self, field.name) for field in fields(ShearFit)})
+        # Couplings are taught a field of the row.
+        return replace(found, reads="row") if self._of("couplings") else found
 
     def extend(self, fitted: Interventions, acts: Activations, *, seed: int = 0) -> Interventions:
         """Add the behaviours of target-seeking rows to fitted shears; see ``ShearFit.extend``.
@@ -277,14 +292,25 @@ class INNSteer(Steerer):
         return Interventions(
             {
                 site: self._empty(
-                    width, k, sizes.get(f"{site}.subspace"), sizes.get(f"{site}.write")
+                    width,
+                    k,
+                    sizes.get(f"{site}.subspace"),
+                    sizes.get(f"{site}.write"),
+                    reader=self.reads == "prompt" or f"{site}.reader" in sizes,
                 )
                 for site, width in widths.items()
             }
         )
 
     def _empty(
-        self, width: int, k: int, rank: int | None = None, write: int | None = None, seed: int = 0
+        self,
+        width: int,
+        k: int,
+        rank: int | None = None,
+        write: int | None = None,
+        seed: int = 0,
+        *,
+        reader: bool = False,
     ) -> Latent:
         """A map of the right shapes: the shear's rotation and step, or the translation's."""
         if not self._shears:
@@ -294,6 +320,8 @@ class INNSteer(Steerer):
         if self._of("couplings"):
             parts.append(self._stack(width, seed))
         flow = Chain([*parts, Householder(width, reflections=r)])
+        if reader:
+            return Latent(flow, Shear(r + width, r, k, self.units), Standardise(width))
         return Latent(flow, Shear(width, r, k, self.units))
 
     def _flow(self, width: int, rank: int | None, seed: int = 0) -> Flow:
@@ -583,7 +611,8 @@ class INNSteer(Steerer):
             cosine = nn.functional.cosine_similarity(steps, along, dim=-1) if len(along) else along
             ones = torch.zeros(len(source), len(acts.behaviours))
             ones[:, row] = 1.0
-            moved = (part(source, ones) - source).norm(dim=-1) / source.norm(dim=-1)
+            before = acts.prompts.sides(site, acts.behaviours[row])[0] if part.contextual else None
+            moved = (part(source, ones, before) - source).norm(dim=-1) / source.norm(dim=-1)
             back = part.flow.inverse(part.flow(rows))
             error = (back - rows).norm(dim=-1) / rows.norm(dim=-1)
             flow64 = copy.deepcopy(part.flow).double()
