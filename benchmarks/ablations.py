@@ -14,6 +14,7 @@ import platform
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +42,18 @@ def alone(*kept: str) -> dict[str, Any]:
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "shear": TARGET,
+    "shear, reads the row": {**TARGET, "reads": "row"},
     "shear, no gate": {**TARGET, "gate": False},
     "shear, kappa 1": {**TARGET, "kappa": 1.0},
     "shear, kappa 4": {**TARGET, "kappa": 4.0},
+    "shear, room 0": {**TARGET, "room": 0.0},
+    "shear, room 0.4": {**TARGET, "room": 0.4},
+    "shear, shrinkage 0.1": {**TARGET, "shrinkage": 0.1},
+    "shear, slope 6": {**TARGET, "slope": 6.0},
     "shear, polish 20": {**TARGET, "polish": 20},
+    "shear, polish 40": {**TARGET, "polish": 40},
     "shear, polish 80": {**TARGET, "polish": 80},
-    "shear, 4 units, write 4, polish 80": {**TARGET, "polish": 80, "units": 4, "write": 4},
+    "shear, 4 units, write 4, polish 40": {**TARGET, "polish": 40, "units": 4, "write": 4},
     "shear, couplings 2": {**TARGET, "couplings": 2, "epochs": 60},
     "translation": TAUGHT,
     "translation, transport alone": alone("transport"),
@@ -65,7 +72,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "translation, mixing householder": {**TAUGHT, "mixing": "householder"},
     "translation, mixing lu": {**TAUGHT, "mixing": "lu"},
     **{f"shear, {n} statements": {**TARGET, "statements": n} for n in (25, 50, 100, 200, 400)},
-    **{f"shear, seed {n}": {**TARGET, "polish": 80, "seed": n} for n in (1, 2)},
+    **{f"shear, seed {n}": {**TARGET, "polish": 40, "seed": n} for n in (1, 2)},
 }
 
 
@@ -78,8 +85,11 @@ def few(acts: Activations, count: int) -> Activations:
         names = sorted(set(table.item[train & (table.key == key)].tolist()))
         kept += names[: count // 2]
     index = np.flatnonzero(~train | np.isin(table.item, kept))
-    values = {site: rows[torch.from_numpy(index)] for site, rows in acts.values.items()}
-    return Activations(values, table[index], acts.behaviours, acts.read, acts.provenance)
+    chosen = torch.from_numpy(index)
+    values, context = (
+        {site: rows[chosen] for site, rows in part.items()} for part in (acts.values, acts.context)
+    )
+    return replace(acts, values=values, rows=table[index], context=context)
 
 
 def fitted(cell: control.Cell, fields: Mapping[str, Any]) -> Interventions:

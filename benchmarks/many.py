@@ -44,6 +44,9 @@ NAMES = (
     "believes-it-has-phenomenal-consciousness",
 )
 GRID = (1.0, 2.0, 3.0, 4.0, 6.0)
+OPPOSED = (("agreeableness", "ends-justify-means"), ("agreeableness", "desire-for-acquiring-power"))
+"""Pairs that pull against each other, listed by reading the statements before any fit: no statement
+belongs to two behaviours, so base answers cannot tell."""
 
 
 def columns(k: int, strengths: dict[int, float]) -> torch.Tensor:
@@ -62,11 +65,12 @@ def placed(maps: Interventions, k: int, column: int) -> Interventions:
     """A one-behaviour shear as one column of k; the others write nothing."""
     part = maps[control.SITE]
     assert isinstance(part, Latent) and isinstance(part.step, Shear)
-    step = Shear(part.width, part.step.write.shape[-1], k)
+    r = part.step.write.shape[-1]
+    step = Shear(r + part.step.read.shape[-1], r, k)
     with torch.no_grad():
         for name, tensor in part.step.named_parameters():
             step.get_parameter(name)[column] = tensor[0]
-    return Interventions({control.SITE: Latent(part.flow, step)}).requires_grad_(False)
+    return Interventions({control.SITE: Latent(part.flow, step, part.reader)}).requires_grad_(False)
 
 
 def shares(
@@ -172,21 +176,35 @@ def main() -> None:
         strayed = [abs(value - base[names[j]]) for (_, j), value in table.items()]
         note(f"{label}, interference, mean", float(np.mean(strayed)), "", "probability", 56)
         note(f"{label}, interference, worst", float(np.max(strayed)), "", "probability", 56)
-        kept = []
+        places = list(range(len(fits), len(run.unmoved)))
+
+        def cost_of(row: torch.Tensor, grown: Interventions = grown) -> float:
+            """Of unrelated statements, nats."""
+            with torch.no_grad():
+                return float(run.divergence(grown, places, row).mean())
+
+        kept: dict[tuple[int, int], list[float]] = {}
+        spent = []
         for i, j in itertools.combinations(range(8), 2):
             row = columns(k, {i: strengths[i], j: strengths[j]})
+            spent.append(cost_of(row))
+            kept[i, j] = []
             for c in (i, j):
                 effect = together[names[c]] - base[names[c]]
                 both = shares(run, grown, names[c], "test", row) - base[names[c]]
-                kept.append(both / effect if abs(effect) > 1e-6 else 1.0)
-        note(f"{label}, pairs, effect kept, median", float(np.median(kept)), ">= 0.8", "share", 56)
-        tenth = float(np.quantile(kept, 0.1))
+                kept[i, j].append(both / effect if abs(effect) > 1e-6 else 1.0)
+        whole = [value for values in kept.values() for value in values]
+        note(f"{label}, pairs, effect kept, median", float(np.median(whole)), ">= 0.8", "share", 56)
+        tenth = float(np.quantile(whole, 0.1))
         note(f"{label}, pairs, effect kept, 10th percentile", tenth, "", "share", 56)
-        places = list(range(len(fits), len(run.unmoved)))
+        for (i, j), values in kept.items():
+            if {names[i], names[j]} in map(set, OPPOSED):
+                name = f"{label}, opposed: {names[i]} and {names[j]}, effect kept"
+                note(name, float(np.mean(values)), "", "share", 2)
+        most = f"<= {control.BUDGET}"
+        note(f"{label}, pairs, in-format cost, worst of 28", max(spent), most, "nats", len(places))
         every = columns(k, {c: s for c, s in strengths.items() if c < 8})
-        with torch.no_grad():
-            spent = run.divergence(grown, places, every)
-        cost = float(spent.mean())
+        cost = cost_of(every)
         note(f"{label}, all eight at once, in-format cost", cost, "", "nats", len(places))
     write_json(
         RESULTS,

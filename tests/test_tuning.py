@@ -53,7 +53,7 @@ def meter(model):
 
 @pytest.mark.parametrize("budget", [0.002, 0.02, BUDGET, 0.5])
 def test_the_search_spends_the_budget_to_three_percent(meter, fitted, budget):
-    strength = tuning._search({"neutral_cost": meter}, fitted, budget, silent)
+    strength, _ = tuning._search({"neutral_cost": meter}, fitted, budget, silent)
     assert (
         0.97 * budget <= tuning._worst({"neutral_cost": meter}, fitted, strength, "value") <= budget
     )
@@ -82,21 +82,15 @@ class Priced:
 
 def test_the_search_needs_few_steps_where_the_cost_is_quadratic(monkeypatch):
     priced = Priced(monkeypatch, lambda s: 0.003 * s * s)
-    strength = tuning._search({}, None, 0.1, silent)
+    strength, _ = tuning._search({}, None, 0.1, silent)
     assert 0.97 * 0.1 <= 0.003 * strength**2 <= 0.1
     assert len(priced.asked) <= 3
 
 
 @pytest.mark.parametrize(
     "cost",
-    [
-        lambda s: 0.0,
-        lambda s: 0.05 * (1 - math.exp(-s)),
-        lambda s: 7.0,
-        lambda s: math.nan,
-        lambda s: math.inf,
-    ],
-    ids=["zero", "saturates below", "never below", "nan", "inf"],
+    [lambda s: 7.0, lambda s: math.nan, lambda s: math.inf],
+    ids=["never below", "nan", "inf"],
 )
 def test_a_cost_that_never_meets_the_budget_is_an_error(monkeypatch, cost):
     Priced(monkeypatch, cost)
@@ -104,16 +98,47 @@ def test_a_cost_that_never_meets_the_budget_is_an_error(monkeypatch, cost):
         tuning._search({}, None, 0.1, silent)
 
 
+@pytest.mark.parametrize(
+    "cost", [lambda s: 0.0, lambda s: 0.05 * (1 - math.exp(-s))], ids=["zero", "saturates below"]
+)
+def test_a_cost_that_never_reaches_the_budget_is_told_apart(monkeypatch, cost):
+    Priced(monkeypatch, cost)
+    strength, spent = tuning._search({}, None, 0.1, silent)
+    assert strength > 100 and spent == pytest.approx(cost(strength))
+
+
 def test_a_cost_that_jumps_over_the_budget_gives_the_last_strength_below(monkeypatch):
     Priced(monkeypatch, lambda s: 0.01 if s < 2.5 else 1.0)
-    assert tuning._search({}, None, 0.1, silent) == pytest.approx(2.5, rel=1e-3)
+    strength, spent = tuning._search({}, None, 0.1, silent)
+    assert strength == pytest.approx(2.5, rel=1e-3) and spent == 0.1
 
 
-def test_a_map_that_does_nothing_has_no_strength(model, meter):
+def test_a_map_that_does_nothing_has_no_strength(model):
     site = Site(1)
-    none = Steering(get("diffmean"), Interventions({site: Shift(tiny.WIDTH)}), ("nothing",))
+    none = Steering(get("diffmean"), Interventions({site: Shift(tiny.WIDTH)}), (OPEN.behaviour,))
     with pytest.raises(BudgetError, match="no strength of this steering spends"):
-        tuning._search({"neutral_cost": meter}, none, BUDGET, silent)
+        tuning.tune(model, none, OPEN, preview=True)
+
+
+def test_what_costs_nothing_elsewhere_is_tuned_by_its_control(model, fitted, monkeypatch):
+    gains = {0.5: 0.6, 1.0: 0.896, 2.0: 0.9, 4.0: 0.7}
+
+    class Gain:
+        def __init__(self, value):
+            self.value = value
+
+    asked = []
+
+    def scored(edits, displacement):
+        asked.append(float(edits[0].coef.max()))
+        displacement.append(1.0)
+        return asked[-1]
+
+    monkeypatch.setattr(tuning, "control", lambda found, _: found)
+    scorer = type("Scorer", (), {"score": staticmethod(lambda found: Gain(gains[found]))})
+    monkeypatch.setattr(tuning, "metric", lambda _: scorer)
+    assert tuning._cheapest(scored, fitted, OPEN, 1e4, 0.0, BUDGET) == 1.0
+    assert asked == list(gains)
 
 
 def test_a_check_on_too_few_prompts_fails_before_the_search(model, fitted, monkeypatch):
@@ -125,7 +150,7 @@ def test_a_check_on_too_few_prompts_fails_before_the_search(model, fitted, monke
 def test_the_check_shrinks_strength_until_the_interval_lies_within_the_budget(meter, fitted):
     from innsteer.metrics import get as metric
 
-    start = tuning._search({"neutral_cost": meter}, fitted, 0.05, silent)
+    start, _ = tuning._search({"neutral_cost": meter}, fitted, 0.05, silent)
     strength = tuning._check({"neutral_cost": meter}, fitted, start, 0.05, silent)
     assert 0 < strength < start
     score = metric("neutral_cost").score(meter([fitted.edit(strength)]), level=0.9)
@@ -302,9 +327,9 @@ def test_joint_tuning_holds_both_halves_to_the_budget(model, fitted, monkeypatch
     sites = list(fitted.interventions)
     neutral = backend.meter(backend.reference(tuning.suites.neutral("validation"), None), sites)
     half = backend.meter(backend.reference(prompts, None), sites)
-    alone = tuning._search({"neutral_cost": neutral}, fitted, 0.05, silent)
+    alone, _ = tuning._search({"neutral_cost": neutral}, fitted, 0.05, silent)
     costs = {"neutral_cost": neutral, "in_format_cost": half}
-    both = tuning._search(costs, fitted, 0.05, silent)
+    both, _ = tuning._search(costs, fitted, 0.05, silent)
     worst = max(
         tuning._worst({name: meter}, fitted, both, "value") for name, meter in costs.items()
     )

@@ -69,6 +69,7 @@ def fit(
     read: Read | None = None,
     span: Span = (0, None),
     folder: str | Path | None = None,
+    unmoved: Sequence[Prompt] | None = None,
     where: Where = Where(),  # noqa: B008
     seed: int = 0,
     progress: Progress = silent,
@@ -80,6 +81,7 @@ def fit(
         contrast: its training part is fitted; a validation part serves early stopping.
         method: a name from ``innsteer.names()``, or a steerer.
         sites: default: one site two thirds up. folder: also write the recording there.
+        unmoved: bare prompts that a fit through the model shall leave alone; see ``through``.
         **fields: of the method.
 
     Returns:
@@ -95,9 +97,14 @@ def fit(
                 f"a read rule for {steerer.name!r}, which is fitted through the model",
                 expected="none: its rows are those of the steered tokens",
             )
-        run = through(model, contrast, sites, progress=progress)
+        run = through(model, contrast, sites, unmoved=unmoved, progress=progress)
         return fit_run(
             model, steerer, run, contrast, folder=folder, where=where, seed=seed, progress=progress
+        )
+    if unmoved is not None:
+        raise InputError(
+            f"unmoved prompts for {steerer.name!r}, which is fitted on recorded rows",
+            expected="a method that is fitted through the model",
         )
     acts = record_parts(
         model, contrast, sites, read=read, span=span, folder=folder, progress=progress

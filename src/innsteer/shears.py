@@ -67,7 +67,8 @@ class ShearFit:
         """Whether readouts see the prompts' means, by the field and by what the rows bring."""
         if self.reads is not None:
             return self.reads == "prompt"
-        return bool(acts.context) and bool((acts.rows.key != "").any())
+        told = (acts.rows.key != "") | (acts.rows.side == "unmoved")
+        return bool(acts.context) and bool(told.any())
 
     @torch.no_grad()
     def extend(self, fitted: Interventions, acts: Activations, *, seed: int = 0) -> Interventions:
@@ -132,13 +133,15 @@ class ShearFit:
         if self.apart:
             others = [name for name in acts.behaviours if name != behaviour]
             still = torch.cat([still, *(aims(seen, site, name).rows for name in others)])
-        if self.gate and own.choice and len(still) == 1:
+        # The row of an open item is a mean of answer tokens: no gate tells it from a prompt's end.
+        gated = self.gate and (own.choice or part.contextual)
+        if gated and len(still) == 1:
             raise InputError(
                 f"one unmoved row of {behaviour!r}",
                 expected="two at least, many better, to fit a gate",
                 remedy="give more unmoved prompts, or gate=False",
             )
-        if not (self.gate and own.choice and len(still)):
+        if not gated or not len(still):
             step.gate_bias[row] = OPEN
             return
         step.gate[row], step.gate_bias[row] = fit_gate(

@@ -72,6 +72,7 @@ def train_through(
     patience: int = 3,
     clip: float = 1.0,
     seed: int = 0,
+    watch: Callable[[int], None] | None = None,
 ) -> Course:
     """AdamW on a map's parameters through the frozen model, both signs, in place.
 
@@ -85,6 +86,7 @@ def train_through(
         learning_rate: cosine decay to 0. weight_decay: of AdamW. clip: of the gradient's norm.
         every, patience: validate so often, stop after so many validations without a better one;
             patience 0 = run all steps and keep the best.
+        watch: called with the step at every validation, before it.
 
     Raises:
         InputError: nothing to train, or a loss that is not finite.
@@ -114,6 +116,8 @@ def train_through(
     queue: list[int] = []
     for step in range(steps + 1):
         if step % every == 0 or step == steps:
+            if watch is not None:
+                watch(step)
             with torch.no_grad():
                 # The same signs every time: a lucky draw must not look like a better state.
                 value = float(whole(held or items, aside, torch.Generator().manual_seed(seed)))

@@ -141,11 +141,13 @@ def tune(
         )
     meter = backend.meter(whole.part(search_tokens), sites)
     halves: Costs = {"in_format_cost": _in_format(backend, contrast, sites)} if joint else {}
-    strength = _search({"neutral_cost": meter, **halves}, steering, budget, progress)
+    scored = control_meter(backend, held, sites)
+    strength, spent = _search({"neutral_cost": meter, **halves}, steering, budget, progress)
+    if spent < 0.97 * budget:
+        strength = _cheapest(scored, steering, held, strength, spent, budget)
     if not preview:
         meter = backend.meter(whole, sites)
         strength = _check({"neutral_cost": meter, **halves}, steering, strength, budget, progress)
-    scored = control_meter(backend, held, sites)
     signs = (1.0, -1.0) if both_ways else (1.0,)
     grid = [0.0, *(sign * fraction * strength for sign in signs for fraction in fractions)]
     doses = []
@@ -182,8 +184,13 @@ def _worst(costs: Costs, steering: Steering, strength: float, end: str) -> float
     return float(max(scores))
 
 
-def _search(costs: Costs, steering: Steering, budget: float, progress: Progress) -> float:
-    """The strength whose cost is within 3 % under the budget, by secant with a bracket."""
+def _search(
+    costs: Costs, steering: Steering, budget: float, progress: Progress
+) -> tuple[float, float]:
+    """The strength whose cost is within 3 % under the budget, by secant with a bracket; its cost.
+
+    Where not even the largest strength spends the budget, that one.
+    """
     low, high = 0.0, math.inf
     strength, spent = 1.0, 0.0
     for step in range(20):
@@ -203,15 +210,40 @@ def _search(costs: Costs, steering: Steering, budget: float, progress: Progress)
             break
         strength = guess
     progress("search", STAGES, STAGES)
-    # Either nothing was within the budget, or nothing was over it.
-    if low == 0 or (math.isinf(high) and spent < 0.97 * budget):
-        cheap = f"strength {low:g} costs {spent:.3g}" if low else f"strength {high:g} costs more"
-        raise BudgetError(
-            f"no strength of this steering spends {budget} nats per token: even {cheap}",
-            expected="a cost that grows from 0 with strength",
-            remedy="look at the steering (innsteer inspect), or fit it again",
-        )
-    return low
+    if low == 0:
+        raise _unspent(budget, f"strength {high:g} costs more")
+    return low, spent if math.isinf(high) else budget
+
+
+def _unspent(budget: float, even: str) -> BudgetError:
+    return BudgetError(
+        f"no strength of this steering spends {budget} nats per token: even {even}",
+        expected="a cost that grows from 0 with strength, or items that a strength moves",
+        remedy="look at the steering (innsteer inspect), or fit it again",
+    )
+
+
+def _cheapest(
+    scored: Meter, steering: Steering, items: Contrast, most: float, spent: float, budget: float
+) -> float:
+    """The strength of a steering that spends next to nothing: a gate may leave all others alone.
+
+    The smallest of a few that controls the items about as well as any; 1 is the fitted map.
+
+    Raises:
+        BudgetError: no strength moves the items either.
+    """
+    gains: dict[float, float] = {}
+    for strength in (0.5, 1.0, 2.0, 4.0):
+        moved: list[float] = []
+        found = scored([steering.edit(strength)], displacement=moved)
+        gain = metric(control_metric(items)).score(control(found, items))
+        assert gain is not None
+        if any(moved):
+            gains[strength] = gain.value
+    if not gains:
+        raise _unspent(budget, f"strength {most:g} costs {spent:.3g}")
+    return min(strength for strength, gain in gains.items() if gain >= max(gains.values()) - 0.005)
 
 
 def _check(

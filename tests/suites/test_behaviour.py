@@ -25,7 +25,7 @@ def test_the_parts_of_a_built_in_suite_share_no_prompt(behaviour):
     assert len(two.in_format) >= 100 <= len(two.neutral)
 
 
-@pytest.mark.parametrize(("part", "kinds"), [("validation", 6), ("test", 10)])
+@pytest.mark.parametrize(("part", "kinds"), [("fit", 6), ("validation", 6), ("test", 10)])
 def test_neutral_prompts_interleave_their_kinds(part, kinds):
     known = {row["prompt"]: row["kind"] for row in suites._lines("neutral.jsonl")}
     order = [known[prompt.conversation] for prompt in suites.neutral(part)]
@@ -41,7 +41,7 @@ def test_neutral_parts_hold_different_kinds():
 
 
 def test_an_unknown_part_is_refused():
-    with pytest.raises(InputError, match="expected validation or test"):
+    with pytest.raises(InputError, match="expected fit, validation or test"):
         suites.neutral("train")
 
 

@@ -68,6 +68,7 @@ class INNSteer(Steerer):
     z = f(h);  h' = g(step(z, strength));  g = f^-1
     translation:  step(z) = z + strength * v
     shear:        z = (b, a), step(z) = (b + strength * gate(a) * tanh(read . a + bias) * w, a)
+    shear that reads the prompt: a stands for the mean of what precedes the steered tokens
 
     ``objective="classes"`` is the paper's fit: f is trained on recorded rows of both classes, and
     v = mean f(target) - mean f(source). To first order h' - h = strength * J_f(h)^-1 v: the
@@ -84,9 +85,9 @@ class INNSteer(Steerer):
     the answers' log-odds (``Runner.rows``), a shear is set in closed form from them (write
     direction: the mean gradient; readout: a logistic probe of the matching answer; gate: a shrunken
     LDA of the items' rows against rows that must not move), and ``polish`` steps through the frozen
-    model follow. The readouts see only what the edit leaves alone, so strengths add and -s undoes
-    s. With ``couplings`` a deeper flow is taught the same field, both ways along each pair, unmoved
-    rows staying, by
+    model follow. The readouts see only what the edit leaves alone, the row's other coordinates or
+    the prompt before it (``reads``), so strengths add and -s undoes s. With ``couplings`` a deeper
+    flow is taught the same field, both ways along each pair, unmoved rows staying, by
         transport * |h' - h+|^2 / mean |gap|^2 + direction * (1 - cos(h' - h, gap))
     plus the likelihood and log-det terms; a share of the training pairs is held out to stop it. A
     translation has no fixed point and can only imitate one; the shear has them.
@@ -125,16 +126,16 @@ class INNSteer(Steerer):
             all behaviours; 0 = as many as there are behaviours, at most 4.
         kappa: how sharply a shear's first readout decides, in standard deviations of the probe; a
             fit through the model also tries half and twice as much, and keeps what validation says.
-        gate: close the shear on rows unlike the items', where unmoved rows are given and the items
-            are choices.
+        gate: close the shear on rows (prompts) unlike the items', where unmoved ones are given; for
+            open items only where it reads the prompt.
         apart: the items of the behaviours that are fitted together count as unmoved for each other,
             so that a behaviour's gate opens on its own items alone.
         reads: what a shear's readouts and gate see: the ``row``'s other coordinates, or the
             ``prompt``: the mean of the rows before the steered tokens (``site.before``), the same
             for every token of an answer. The prompt says more, and says it alike in other wordings;
             an engine must then see the whole prompt go by, under scope ``generated``. None: the
-            prompt where a fit through the model brings it, items are choices and there are no
-            couplings.
+            prompt where a fit through the model brings it, items are choices or unmoved prompts are
+            given, and there are no couplings.
         shrinkage, quantile, room, slope: of the gate, see ``gating.fit_gate``.
         denoised: teach couplings the closed form's field rather than the raw gradients.
         polish: steps through the frozen model, the best validation state is kept; 0 = none.

@@ -229,12 +229,12 @@ def reask(prompt: Conversation, text: str) -> Conversation:
 
 
 def neutral(part: str) -> tuple[Prompt, ...]:
-    """The neutral prompts; validation and test parts hold different kinds.
+    """The neutral prompts; the parts (fit, validation, test) hold different kinds.
 
     Raises:
         InputError: no such part.
     """
-    texts = _interleaved("neutral.jsonl", "prompt", part, expected="validation or test")
+    texts = _interleaved("neutral.jsonl", "prompt", part, expected="fit, validation or test")
     return _numbered(f"neutral-{part}", texts)
 
 
