@@ -76,7 +76,7 @@ class Told:
 
     behaviours, sites, unmoved = ("b",), (SITE,), ()
 
-    def answers(self, interventions, items, coef):
+    def answers(self, interventions, items, coef, *, only=None):
         both = [(-1.0 * n - s, -2.0 * n + s) for n, s in zip(items, coef, strict=True)]
         return Answers(*torch.tensor(both).unbind(1))
 
@@ -268,7 +268,7 @@ class Peaked(Told):
     def items(self, split="train", behaviour=None):
         return {"train": [0, 1], "validation": [2, 3, 4]}[split]
 
-    def answers(self, interventions, items, coef):
+    def answers(self, interventions, items, coef, *, only=None):
         self.asked += items
         strength = torch.tensor(coef)
         return Answers(-((strength - self.best) ** 2), -((strength + self.best) ** 2))

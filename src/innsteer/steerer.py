@@ -159,8 +159,13 @@ class Runner(Protocol):
         interventions: Interventions | None,
         items: Sequence[int],
         coef: Sequence[float] | Tensor,
+        *,
+        only: Sequence[int] | None = None,
     ) -> Answers:
-        """Log-probabilities of both answers of items at a strength (or a row) each."""
+        """Log-probabilities of both answers of items at a strength (or a row) each.
+
+        ``only`` names the side that is wanted of each, 0 target or 1 source; the other may be 0.
+        """
         ...
 
     def divergence(

@@ -26,7 +26,8 @@ def said(run: Runner, maps: Interventions, items: Sequence[int]) -> Tensor:
     Each against everything that could be said, not against the other answer: a pair's odds may be
     right while neither answer is ever said.
     """
-    both = run.answers(maps, [*items, *items], [1.0] * len(items) + [-1.0] * len(items))
+    n = len(items)
+    both = run.answers(maps, [*items, *items], [1.0] * n + [-1.0] * n, only=[0] * n + [1] * n)
     return -0.5 * (both.target[: len(items)].mean() + both.source[len(items) :].mean())
 
 
@@ -40,7 +41,8 @@ def odds(run: Runner, maps: Interventions, items: Sequence[int]) -> Tensor:
 
 def target(run: Runner, maps: Interventions, items: Sequence[int]) -> Tensor:
     """Mean of -log P(target) at strength 1, nats: the loss of ReFT and of language modelling."""
-    return -run.answers(maps, items, [1.0] * len(items)).target.mean()
+    n = len(items)
+    return -run.answers(maps, items, [1.0] * n, only=[0] * n).target.mean()
 
 
 LOSSES: dict[str, Loss] = {"said": said, "odds": odds, "target": target}
@@ -170,8 +172,11 @@ def best_scale(
     found = {}
     with torch.no_grad():
         for scale in scales:
-            both = run.answers(maps, [*held, *held], [scale] * len(held) + [-scale] * len(held))
-            right = torch.cat([both.target[: len(held)], both.source[len(held) :]])
+            n = len(held)
+            both = run.answers(
+                maps, [*held, *held], [scale] * n + [-scale] * n, only=[0] * n + [1] * n
+            )
+            right = torch.cat([both.target[:n], both.source[n:]])
             found[scale] = float((right if open_ended else right.exp()).mean())
     best = max(found, key=lambda scale: found[scale])
     return best, found[best]

@@ -180,6 +180,21 @@ def test_whole_rows_of_coefficients_mix_behaviours(llama):
         close(got[side], want[side][:4])
 
 
+def test_a_side_that_is_not_wanted_takes_no_tokens(llama):
+    run = Through(HF(llama), [free()], [LOW])
+    maps, numbers = shift(llama, LOW), [1, 2, 3]
+    both, sizes = run.answers(maps, numbers, [1.0] * 3), []
+    block = llama.layout.blocks[2].module
+    with block.register_forward_pre_hook(lambda _, args: sizes.append(args[0].shape[:2].numel())):
+        part = run.answers(maps, numbers, [1.0] * 3, only=[0, 1, 0])
+        once, sizes[:] = sum(sizes), []
+        run.answers(maps, numbers, [1.0] * 3)
+    close(part.target[[0, 2]], both.target[[0, 2]], atol=1e-5)
+    close(part.source[1], both.source[1], atol=1e-5)
+    assert part.source[[0, 2]].tolist() == [0, 0] and part.target[1] == 0
+    assert once < 0.7 * sum(sizes)
+
+
 def test_an_item_can_be_asked_at_several_strengths_at_once_in_any_order(llama):
     run = Through(HF(llama), [free()], [LOW])
     maps = shift(llama, LOW)

@@ -1078,7 +1078,21 @@ def test_what_cannot_read_the_prompt_says_so():
     with pytest.raises(InputError, match="without what stood before them"):
         INNSteer(**AIM, reads="prompt").fit(seeking())
     assert not INNSteer(**AIM, couplings=2, hidden=4, epochs=1).fit(prompted())[Site(3)].contextual
-    assert not INNSteer(**AIM).fit(prompted(keyed=False))[Site(3)].contextual
+    assert not INNSteer(**AIM).fit(prompted(keyed=False, still=0))[Site(3)].contextual
+
+
+def test_open_items_open_the_gate_on_their_own_prompts_where_others_are_given():
+    acts = prompted(keyed=False)
+    part = INNSteer(**AIM).fit(acts)[Site(3)]
+    asked, still = acts.where(side="source"), acts.where(side="unmoved")
+    lengths = []
+    for rows in (asked, still):
+        h = rows.values[Site(3)]
+        edit = part(h, column(1.0, len(h)), rows.context[Site(3)]) - h
+        lengths.append(edit.norm(dim=-1))
+    want = mean_lift(aims(acts, Site(3), "b0")).norm()
+    assert lengths[0].median() == pytest.approx(float(want), rel=0.02)
+    assert lengths[1].max() < 0.02 * want
 
 
 # --- through the model ---------------------------------------------------------------------------

@@ -154,6 +154,8 @@ class Through:
         interventions: Interventions | None,
         items: Sequence[int],
         coef: Sequence[float] | Tensor,
+        *,
+        only: Sequence[int] | None = None,
     ) -> Answers:
         """Log-probabilities of both answers of some items, differentiable where gradients are on.
 
@@ -161,9 +163,18 @@ class Through:
             interventions: None = the plain model.
             items: numbers from ``items()``; one may stand several times.
             coef: the strength of each in the column of its behaviour, or whole rows ``[items, k]``.
+            only: of each the side that is wanted, 0 target or 1 source; the other may stay 0, where
+                it would take tokens of its own.
         """
         asks = list(zip(items, self._coef_rows(items, coef), strict=True))
-        jobs = list({self._job(*ask, side): None for ask in asks for side in (0, 1)})
+        wanted = [(side,) for side in only] if only is not None else [(0, 1)] * len(asks)
+        jobs = list(
+            {
+                self._job(*ask, side): None
+                for ask, sides in zip(asks, wanted, strict=True)
+                for side in sides
+            }
+        )
         found = [torch.zeros(len(asks), device=self._model.device) for _ in range(2)]
         for part in self._parts([job[0] for job in jobs]):
             chosen = [jobs[place] for place in part]

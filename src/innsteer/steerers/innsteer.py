@@ -140,7 +140,7 @@ class INNSteer(Steerer):
         denoised: teach couplings the closed form's field rather than the raw gradients.
         polish: steps through the frozen model, the best validation state is kept; 0 = none.
         polish_reads: let them move the readouts too.
-        polish_rate: their learning rate. polish_batch: items per step.
+        polish_rate: their learning rate. polish_batch: items per step; of open answers an eighth.
         polish_unmoved: weight of the divergence on unmoved sequences meanwhile.
 
     Reference:
@@ -362,7 +362,8 @@ class INNSteer(Steerer):
         maps = self.fit(run.rows(), seed=seed)
         steps = [part.step for _, part in maps.items() if isinstance(part, Latent)]
         tried: list[tuple[float, float, float]] = []
-        reads = self._shears and not self._of("couplings") and "" not in run.keys(run.items())
+        choices = "" not in run.keys(run.items())
+        reads = self._shears and not self._of("couplings") and choices
         for factor in (0.5, 1.0, 2.0) if reads else (1.0,):
             sharpen(steps, factor)
             scale, gain = best_scale(run, maps)
@@ -390,7 +391,8 @@ class INNSteer(Steerer):
                 run,
                 maps,
                 steps=self.polish,
-                batch=self.polish_batch,
+                # An open answer takes as many tokens as a batch of choices.
+                batch=self.polish_batch if choices else max(self.polish_batch // 8, 1),
                 learning_rate=self.polish_rate,
                 unmoved=self.polish_unmoved,
                 seed=seed,
