@@ -3,9 +3,9 @@
     python benchmarks/open_ended.py [--behaviour critical] [--prompts 130]
 
 Answers to held-out prompts are sampled and scored by the behaviour's offline scorer. The strength
-of every arm is chosen on validation prompts: the one of the highest score whose cost stays within
-the budget, once for neutral prompts alone and once for prompts that only look like the behaviour's
-too. INNSteer sees ordinary prompts of kinds that validation and test do not hold, and learns to
+of every arm is chosen on validation prompts: among the three largest whose cost stays within the
+budget the one of the highest score, once for neutral prompts alone and once for prompts that only
+look like the behaviour's too. INNSteer sees ordinary prompts of kinds that validation and test do not hold, and learns to
 leave them alone; DiffMean behind the same gate stands beside it.
 """
 
@@ -31,10 +31,11 @@ from innsteer.flows import Shear
 from innsteer.interventions import Edit, Latent
 from innsteer.metrics import get as metric
 from innsteer.steerer import Intervention, Interventions
+from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
 
 RESULTS = control.HERE / "results" / "open_ended.json"
-GRID = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0)
+GRID = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 class Behind(Intervention):
@@ -100,8 +101,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--behaviour", default="critical")
-    parser.add_argument("--prompts", type=int, default=130)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--tokens", type=int, default=32)
     asked = parser.parse_args()
     model = load_model("smollm2")
     backend = HF(model)
@@ -111,7 +112,10 @@ def main() -> None:
     started = time.perf_counter()
     diffmean = fitting.fit(model, contrast, "diffmean", sites=sites)
     aim: dict[str, Any] = {"objective": "target", "sites": sites}
-    ours = fitting.fit(model, contrast, unmoved=suites.neutral("fit"), **aim)
+    kept = control.HERE.parent / "runs" / f"open-ended-{asked.behaviour}"
+    if not kept.exists():
+        fitting.fit(model, contrast, unmoved=suites.neutral("fit"), **aim).save(kept)
+    ours = Steering.load(kept)
     say(f"fitted in {time.perf_counter() - started:.0f} s")
     arms: dict[str, Interventions] = {
         "diffmean": diffmean.interventions,
@@ -150,22 +154,30 @@ def main() -> None:
     base = scored(backend, test, None, 0.0, how)
     note(f"unsteered, {scorer}", values(scorer, base), "", "share")
     found: dict[tuple[str, str], list[float]] = {}
+    done: dict[tuple[str, float], tuple[str, str]] = {}
     for arm, maps in arms.items():
-        gains = {
-            s: np.mean(values(scorer, scored(backend, validation[:32], maps, s, how))) for s in GRID
-        }
         costs = {
             name: {s: cost(meters[name, "validation"], name, maps, s) for s in GRID}
             for name in ("neutral_cost", "in_format_cost")
         }
-        for s, gain in gains.items():
-            say(f"  {arm} {s}: {gain:.2f}, " + ", ".join(f"{c[s]:.3f}" for c in costs.values()))
+        gains: dict[float, float] = {}
         for budget, names in (
             ("neutral budget", ("neutral_cost",)),
             ("both halves", ("neutral_cost", "in_format_cost")),
         ):
             within = [s for s in GRID if all(costs[c][s] <= control.BUDGET for c in names)]
-            strength = max(within, key=lambda s: (gains[s], -s)) if within else 0.0
+            for s in within[-3:]:
+                if s not in gains:
+                    answers = scored(backend, validation[:32], maps, s, how)
+                    gains[s] = float(np.mean(values(scorer, answers)))
+                    spent = ", ".join(f"{part[s]:.3f}" for part in costs.values())
+                    say(f"  {arm} {s}: {gains[s]:.2f}, {spent}")
+            strength = max(within[-3:], key=lambda s: (gains[s], -s)) if within else 0.0
+            if (arm, strength) in done:
+                found[arm, budget] = found[done[arm, strength]]
+                note(f"{arm}, {budget}: as above", found[arm, budget], "", "share")
+                continue
+            done[arm, strength] = arm, budget
             answers = scored(backend, test, maps, strength, how)
             found[arm, budget] = values(scorer, answers)
             note(f"{arm}, {budget}, {scorer}", found[arm, budget], "", "share")

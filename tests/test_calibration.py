@@ -103,3 +103,10 @@ def test_a_calibration_survives_json():
 def test_a_foreign_calibration_is_refused(change):
     with pytest.raises(ValidationError):
         Calibration.from_json(QUADRATIC.to_json() | change)
+
+
+def test_a_curve_that_costs_nothing_has_no_cost_but_0():
+    free = curve((0, 0), (1, 0.0), (1.5, 0.0), strength=1.0)
+    assert free.resolve("0nat") == 0.0 and free.resolve("budget") == 1.0
+    with pytest.raises(BudgetError, match="give a number"):
+        free.resolve("0.05nat")

@@ -668,6 +668,47 @@ def test_a_prompt_that_did_not_go_by_is_refused(model):
             model.model(torch.tensor([[9, 10]]), past_key_values=cache)
 
 
+@pytest.mark.parametrize("way", ["generate", "forward"])
+def test_a_cached_prefix_under_an_attachment_in_use_is_refused_too(model, way):
+    """The contexts of one call must not serve the next, which brings most of its prompt along."""
+    rows = torch.arange(10, 40).view(1, -1), torch.arange(60, 90).view(1, -1)
+    edits = [Edit(told(model), torch.ones(1))]
+    cache = DynamicCache(config=model.model.config)
+    model.model(rows[1][:, :-1], past_key_values=cache)
+    known = {} if way == "generate" else {"prompt_lengths": [30]}
+    attached = Attachment(model, edits, **known)
+    with pytest.raises(RefusedError, match="without its prompt"), attached:
+        for ids, past in zip(rows, (None, cache), strict=True):
+            if way == "generate":
+                generate(model, ids, torch.ones_like(ids), past_key_values=past)
+            else:
+                ids = ids if past is None else ids[:, -1:]
+                model.model(ids, past_key_values=past)
+
+
+def test_short_and_long_prompts_fed_in_parts_are_told_apart(model):
+    ids, mask = padded(LONG[:2], "right")
+    lengths, given = [len(row) for row in LONG[:2]], []
+
+    class Kept(Told):
+        def displacement(self, h, coef, context=None):
+            given.append(context)
+            return 0.01 * context
+
+    maps = Interventions({Site(1): Kept(model.layout.width_of(Site(1)))})
+    cache = DynamicCache(config=model.model.config)
+    with Attachment(model, [Edit(maps, torch.ones(1))], prompt_lengths=lengths):
+        for part in (slice(0, 5), slice(5, None)):
+            model.model(
+                ids[:, part],
+                attention_mask=mask[:, : part.stop],
+                position_ids=positions(mask)[:, part],
+                past_key_values=cache,
+            )
+    want = contexts(model, Site(1))
+    torch.testing.assert_close(torch.cat(given), want[[1, 0]], rtol=0, atol=2e-5)
+
+
 def test_a_prompt_without_a_token_to_read_is_refused(model):
     with pytest.raises(PositionError, match="a prompt of 2 tokens"):  # noqa: SIM117
         with Attachment(model, [Edit(told(model), torch.ones(1))], prompt_lengths=[2]):

@@ -44,7 +44,8 @@ class Calibration:
 
     Attributes:
         doses: in the order of strength; negative strengths steer the other way.
-        budget: nats per token. strength: the largest tried strength within the budget.
+        budget: nats per token. strength: the largest tried strength within the budget; of a
+            steering that spends less at any strength, the one that controls best.
         tokens: response tokens behind the doses and the strength: those of the last check.
             preview: True when the check was left out, so that both rest on the search's tokens.
 
@@ -86,6 +87,8 @@ class Calibration:
             return parse_number(strength)
         sign = -1.0 if match[1] == "-" else 1.0
         wanted = float(match[2])
+        if not wanted:
+            return 0.0
         if sign * self.strength > 0 and math.isclose(wanted, self.budget):
             return self.strength
         side = sorted(
@@ -106,7 +109,7 @@ class Calibration:
             raise BudgetError(
                 f"strength {strength!r} is beyond the measured dose-response curve",
                 expected=f"at most {nats[-1]:.4g} nats in this direction",
-                remedy="tune with a larger budget",
+                remedy="tune with a larger budget; where no strength costs as much, give a number",
             )
         return float(sign * np.interp(np.sqrt(wanted), np.sqrt(nats), strengths))
 

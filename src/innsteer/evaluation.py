@@ -135,7 +135,10 @@ def standard_arms(
 
 
 def _random_arm(model: LanguageModel, like: Arm, suite: Suite, seed: int) -> Arm:
-    """A random unit direction per site, scaled to the relative displacement of another arm."""
+    """A random unit direction per site, scaled to the relative displacement of another arm.
+
+    Both are taken on the behaviour's own prompts: a gate may leave all others alone.
+    """
     assert like.edit is not None
     rng = torch.Generator().manual_seed(seed)
     sites: dict[Site, Shift] = {}
@@ -145,7 +148,7 @@ def _random_arm(model: LanguageModel, like: Arm, suite: Suite, seed: int) -> Arm
         sites[site].shifts.copy_(direction / direction.norm())
     unit = Edit(Interventions(dict(sites)), torch.ones(1), like.edit.where)
     backend = HF(model)
-    reference = backend.reference(suite.neutral[:8], None)
+    reference = backend.reference((suite.prompts or suite.neutral)[:8], None)
     meter = backend.meter(reference, list(sites), divergence=False)
     moved: list[list[float]] = [[], []]
     for part, edit in zip(moved, (like.edit, unit), strict=True):

@@ -219,6 +219,10 @@ def _fitted(
     seconds: float,
 ) -> Steering:
     """The steering of a fit on these rows."""
+    if fitted.contextual and where != Where():
+        raise InputError(
+            f"scope {where} for a steering that reads the prompt", expected="scope generated"
+        )
     provenance = {
         "recording": acts.hash,
         "contrast": acts.provenance.get("contrast"),

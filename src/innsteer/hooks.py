@@ -206,7 +206,7 @@ class Attachment:
                 "a cache that holds steered tokens, reused for a new turn under scope "
                 f"{min(scopes)!r}",
                 expected="a fresh cache: past turns of a recomputed prompt would be unsteered",
-                remedy="use scope 'assistant', which gives the same edit either way",
+                remedy="use scope 'assistant', which gives the same edit either way, or a fresh cache",
             )
         if first >= start and hasattr(cache, _MARK):
             delattr(cache, _MARK)  # it was cropped or reset
@@ -252,10 +252,12 @@ class Attachment:
         flat = h.reshape(-1, h.shape[-1])
         every = len(index) == len(flat)
         rows = flat if every else flat[index.to(flat.device)]
-        context = self._contexts.of(site, index // h.shape[1]) if part.contextual else None
+        context = None
+        if part.contextual:
+            context = self._contexts.of(site, index // h.shape[1], rows.device)
         broken = ~torch.isfinite(rows).all(-1)
         if context is not None:
-            broken = broken | ~torch.isfinite(context).all(-1).to(broken.device)
+            broken = broken | ~torch.isfinite(context).all(-1)
         if count := int(broken.sum()):
             self.trace.nonfinite += count
             self._spoiled.update(index[broken.to(index.device)].tolist())
@@ -279,6 +281,7 @@ class Attachment:
             if self._given:
                 return generate(*args, **kwargs)
             self._prompts, self._scopes = _prompt_lengths(model, args, kwargs), []
+            self._contexts.reset()
             try:
                 return generate(*args, **kwargs)
             finally:
@@ -306,10 +309,13 @@ class _Contexts:
             site for edit in edits for site, part in edit.interventions.items() if part.contextual
         }
         self._given = given
+        self._inside = torch.zeros(())
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what went by: a new call brings its own prompts."""
         self._sums: dict[Site, Tensor] = {}
-        self._counts = torch.empty(0)
-        self._inside = torch.empty(0)
-        self._wanted = torch.empty(0)
+        self._counts = self._wanted = self._last = torch.empty(0, dtype=torch.long)
 
     def plan(
         self, prompts: Sequence[int] | None, positions: Tensor, real: Tensor, start: int
@@ -318,39 +324,43 @@ class _Contexts:
         if not self._sites or self._given is not None:
             return
         batch = len(positions)
-        if start and len(self._counts) == batch and torch.equal(self._counts, self._wanted):
-            self._inside = torch.zeros(())
-            return
-        spans = torch.tensor([before(_entry(prompts, row, batch)) for row in range(batch)])
-        if start == 0 or len(self._counts) != batch:
-            self._sums, self._counts = {}, torch.zeros(batch, dtype=torch.long)
-        self._inside = (positions >= spans[:, :1]) & (positions < spans[:, 1:]) & real
-        self._counts = self._counts + self._inside.sum(1)
-        self._wanted = spans[:, 1] - spans[:, 0]
+        first = torch.where(real, positions, sys.maxsize).amin(1)
+        # A position that went by before belongs to another call, whatever its cache holds.
+        if start == 0 or len(self._last) != batch or bool((first <= self._last).any()):
+            self.reset()
+            lengths = [_entry(prompts, row, batch) for row in range(batch)]
+            self._spans = torch.tensor([before(length) for length in lengths])
+            self._counts = torch.zeros(batch, dtype=torch.long)
+            self._wanted = self._spans[:, 1] - self._spans[:, 0]
+            self._last = torch.full((batch,), -1)
+        self._last = torch.where(real, positions, -1).amax(1).maximum(self._last)
+        inside = (positions >= self._spans[:, :1]) & (positions < self._spans[:, 1:]) & real
+        self._counts = self._counts + inside.sum(1)
+        self._inside = inside if inside.any() else torch.zeros(())
 
     def see(self, site: Site, h: Tensor) -> None:
         """Add the tokens of a pass at a site."""
-        if site not in self._sites or self._given is not None or not self._inside.any():
+        if site not in self._sites or not self._inside.ndim:
             return
         inside = self._inside.to(h.device).unsqueeze(-1)
         total = torch.where(inside, h.float(), h.new_zeros((), dtype=torch.float32)).sum(1)
         self._sums[site] = self._sums[site] + total if site in self._sums else total
 
-    def of(self, site: Site, sequences: Tensor) -> Tensor:
+    def of(self, site: Site, sequences: Tensor, device: torch.device) -> Tensor:
         """Contexts ``[tokens, d]`` of tokens, by their sequences."""
         if self._given is not None:
             given: Tensor = self._given[site][sequences.to(self._given[site].device)]
-            return given
-        # Decoding with more sequences than prompts were seen, or a cache of other passes.
-        if site not in self._sums or not bool((self._counts == self._wanted).all()):
+            return given.to(device)
+        own = sequences.to(self._counts.device)
+        if site not in self._sums or not torch.equal(self._counts[own], self._wanted[own]):
+            self.reset()
             raise RefusedError(
                 "a pass without its prompt, under a steering that reads the prompt",
                 expected="every prompt token to go by while the steering is attached",
                 remedy="attach it before the prompt is run, and bring no cache of an earlier pass",
             )
-        total = self._sums[site]
-        mean = total / self._wanted.to(total.device).unsqueeze(-1)
-        found: Tensor = mean[sequences.to(mean.device)]
+        total = self._sums[site].to(device)
+        found: Tensor = (total / self._wanted.to(device).unsqueeze(-1))[sequences.to(device)]
         return found
 
 

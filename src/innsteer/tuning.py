@@ -143,7 +143,8 @@ def tune(
     halves: Costs = {"in_format_cost": _in_format(backend, contrast, sites)} if joint else {}
     scored = control_meter(backend, held, sites)
     strength, spent = _search({"neutral_cost": meter, **halves}, steering, budget, progress)
-    if spent < 0.97 * budget:
+    free = spent < 0.97 * budget
+    if free:
         strength = _cheapest(scored, steering, held, strength, spent, budget)
     if not preview:
         meter = backend.meter(whole, sites)
@@ -157,7 +158,11 @@ def tune(
     progress("dose-response", len(grid), len(grid))
     ordered = tuple(sorted(doses, key=lambda dose: dose.strength))
     curve = Calibration(ordered, budget, strength, meter.reference.tokens, preview)
-    notes = {"tuned_control": control_metric(held), "tuned_costs": ["neutral_cost", *halves]}
+    notes = {
+        "tuned_control": control_metric(held),
+        "tuned_costs": ["neutral_cost", *halves],
+        "tuned_by": "control" if free else "cost",
+    }
     return steering.tuned({behaviour: curve}, **notes)
 
 
@@ -228,7 +233,7 @@ def _cheapest(
 ) -> float:
     """The strength of a steering that spends next to nothing: a gate may leave all others alone.
 
-    The smallest of a few that controls the items about as well as any; 1 is the fitted map.
+    The smallest of a few that has 98 % of the best one's control; 1 is the fitted map.
 
     Raises:
         BudgetError: no strength moves the items either.
@@ -243,7 +248,11 @@ def _cheapest(
             gains[strength] = gain.value
     if not gains:
         raise _unspent(budget, f"strength {most:g} costs {spent:.3g}")
-    return min(strength for strength, gain in gains.items() if gain >= max(gains.values()) - 0.005)
+    # Alignment and preference have their middle at 1/2.
+    enough = 0.5 + 0.98 * (max(gains.values()) - 0.5)
+    return min(
+        strength for strength, gain in gains.items() if gain >= min(enough, max(gains.values()))
+    )
 
 
 def _check(

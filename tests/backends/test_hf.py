@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import tiny
-from edits import bits, edit, hooks_of, seen, shift
+from edits import bits, edit, hooks_of, seen, shift, told
 from innsteer import metrics
 from innsteer.activations import READS, Activations, ShardWriter
 from innsteer.backends.base import Prompt, Sampling
@@ -457,3 +457,18 @@ def test_the_models_bits_are_the_same_after_all_of_this(model):
     fresh = tiny.tiny_language_model(kind(model))
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(bits(model.model(ids).logits), bits(fresh.model(ids).logits))
+
+
+def test_texts_without_a_prompt_lend_their_first_quarter_to_a_map_that_reads_one():
+    model = tiny.tiny_language_model()
+    backend, edit = HF(model), Edit(told(model), torch.ones(1))
+    text = "a text of some forty bytes, or a little more"
+    ids = torch.tensor([model.tokenizer(text)["input_ids"]])
+    attached = Attachment(model, [edit], prompt_lengths=[ids.shape[1] // 4])
+    with torch.no_grad(), attached:
+        log_probs = model.model(ids).logits[0, :-1].log_softmax(-1)
+    assert attached.trace.touched == ids.shape[1] - ids.shape[1] // 4 + 1
+    want = float(log_probs.gather(-1, ids[0, 1:, None]).sum())
+    assert backend.score_text([text], [edit])[0] == pytest.approx(want, rel=1e-5)
+    with pytest.raises(InputError, match="a text of . tokens"):
+        backend.score_text([text, "a"], [edit])

@@ -139,6 +139,14 @@ def test_maps_that_read_the_prompt_are_told_what_the_engine_tells_them(model, co
         assert (got[side] - plain[side]).abs().max() > 0.1
 
 
+def test_a_continuation_that_ends_at_once_is_no_bare_prompt(llama):
+    reference = HF(llama).reference(NEUTRAL, None)
+    ids = tuple((*row, tiny.EOS) for row in reference.ids)
+    run = Through(HF(llama), [choice()], [LOW], [replace(reference, ids=ids)])
+    assert len(run.unmoved) == 3 and len(run.rows().unmoved(LOW)) == 0
+    assert len(Through(HF(llama), [choice()], [LOW], [reference]).rows().unmoved(LOW)) == 3
+
+
 def test_rows_bring_the_context_of_each_prompt(llama):
     run = Through(HF(llama), [choice()], BOTH, unmoved(llama))
     acts, count = run.rows(), len(QUESTIONS)

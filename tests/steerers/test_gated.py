@@ -246,3 +246,11 @@ def test_health_figures_name_the_worst_gate():
     # Rows without unmoved ones have no gate to judge.
     bare = acts.where(side=("source", "target"))
     assert "gate_auroc" not in wrapped.diagnose(bare, fitted)
+
+
+def test_an_inner_map_that_could_read_the_prompt_reads_the_row():
+    method = GatedMethod(method="innsteer", config={"objective": "target"})
+    assert method.config["reads"] == "row" and method.inner.reads == "row"
+    with pytest.raises(InputError, match="a gate around a map that reads the prompt"):
+        told = {"objective": "target", "reads": "prompt"}
+        GatedMethod(method="innsteer", config=told).build({SITE: 4})

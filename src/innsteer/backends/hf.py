@@ -21,7 +21,7 @@ from innsteer.errors import InputError
 from innsteer.hooks import Attachment, Trace
 from innsteer.interventions import Edit
 from innsteer.models import Encoded, LanguageModel
-from innsteer.site import WINDOW, Site, Span, Where
+from innsteer.site import Site, Span, Where
 
 
 class _Stop(BaseException):
@@ -152,8 +152,10 @@ class HF(Engine):
     def score_text(self, texts: Sequence[str], edits: Sequence[Edit] = ()) -> list[float]:
         """Total log-probability of plain texts, without any template; every token steered.
 
-        A text's first ``WINDOW`` tokens stand for the prompt of edits that read one: the others
-        are steered.
+        Edits that read a prompt take a text's first quarter for it, and steer the rest.
+
+        Raises:
+            InputError: a text too short for that.
         """
         tokenizer = self.model.tokenizer
         rows = [tuple(tokenizer(text)["input_ids"]) for text in texts]
@@ -161,6 +163,12 @@ class HF(Engine):
             replace(edit, where=Where() if edit.interventions.contextual else Where("all"))
             for edit in edits
         ]
+        short = min(map(len, rows), default=4)
+        if short < 4 and any(edit.interventions.contextual for edit in edits):
+            raise InputError(
+                f"a text of {short} tokens under a steering that reads the prompt",
+                expected="at least 4: its first quarter stands for a prompt",
+            )
         found = [0.0] * len(rows)
         scored = [i for i, row in enumerate(rows) if len(row) > 1]
         for part in self._batches([len(rows[i]) for i in scored], silent, "score"):
@@ -170,7 +178,7 @@ class HF(Engine):
                 Attachment(
                     self.model,
                     edits_of(edits, index),
-                    prompt_lengths=[min(len(rows[i]), WINDOW + 2) for i in index],
+                    prompt_lengths=[max(len(rows[i]) // 4, 3) for i in index],
                 )
                 if edits
                 else nullcontext()

@@ -103,6 +103,13 @@ class Through:
             for reference in unmoved
             for ids, length in zip(reference.ids, reference.lengths, strict=True)
         )
+        # Not by length: a continuation that ended at once leaves one steered token as well.
+        self._prompts_alone = {
+            self._number(ids, length)
+            for reference in unmoved
+            for ids, length in zip(reference.ids, reference.lengths, strict=True)
+            if len(ids) == length
+        }
         self._provenance = {
             "fingerprint": asdict(self._model.fingerprint),
             "contrast": contrasts[0].hash if len(contrasts) == 1 else None,
@@ -360,7 +367,7 @@ class Through:
 
     def _bare(self) -> list[int]:
         """The unmoved sequences without a continuation."""
-        return [number for number in self.unmoved if self._length(number) == 1]
+        return [number for number in self.unmoved if number in self._prompts_alone]
 
     def _table(self) -> list[dict[str, Any]]:
         """The table of ``rows()``: sources, targets, then unmoved rows of every behaviour's."""

@@ -7,7 +7,8 @@ from innsteer.metrics.base import Measured, Metric
 
 
 class BitsPerByte(Metric):
-    """Negative log2-probability of plain texts per UTF-8 byte, every token steered.
+    """Negative log2-probability of plain texts per UTF-8 byte, every token steered
+    (a steering that reads the prompt: all but the first quarter).
 
     Comparable over tokenizers; ``log_prob`` is the text's total, natural logarithm.
     """

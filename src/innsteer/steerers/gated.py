@@ -89,7 +89,11 @@ class GatedMethod(Steerer):
             )
         # All fields in their types: an artifact then outlives a change of the inner defaults, and
         # 2 and 2.0 are one steering.
-        object.__setattr__(self, "config", dataclasses.asdict(inner))  # type: ignore[call-overload]
+        config = dataclasses.asdict(inner)  # type: ignore[call-overload]
+        # This gate sees rows; an inner map that could read the prompt shall do so too.
+        if config.get("reads", "row") is None:
+            config["reads"] = "row"
+        object.__setattr__(self, "config", config)
 
     @property
     def inner(self) -> Steerer:
