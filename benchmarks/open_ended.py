@@ -5,8 +5,8 @@
 Answers to held-out prompts are sampled and scored by the behaviour's offline scorer. The strength
 of every arm is chosen on validation prompts: among the three largest whose cost stays within the
 budget the one of the highest score, once for neutral prompts alone and once for prompts that only
-look like the behaviour's too. INNSteer sees ordinary prompts of kinds that validation and test do not hold, and learns to
-leave them alone; DiffMean behind the same gate stands beside it.
+look like the behaviour's too. INNSteer sees ordinary prompts of kinds that validation and test do
+not hold, and learns to leave them alone; DiffMean behind the same gate stands beside it.
 """
 
 import argparse

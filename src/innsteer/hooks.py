@@ -206,7 +206,7 @@ class Attachment:
                 "a cache that holds steered tokens, reused for a new turn under scope "
                 f"{min(scopes)!r}",
                 expected="a fresh cache: past turns of a recomputed prompt would be unsteered",
-                remedy="use scope 'assistant', which gives the same edit either way, or a fresh cache",
+                remedy="use scope 'assistant', which gives the same edit either way",
             )
         if first >= start and hasattr(cache, _MARK):
             delattr(cache, _MARK)  # it was cropped or reset
