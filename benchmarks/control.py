@@ -87,7 +87,7 @@ def references(backend: HF) -> dict[str, Reference]:
     path = WORK / "neutral.json"
     found: dict[str, Reference] = {}
     asked = {
-        "neutral_fit": [Prompt(f"n{i}", p) for i, p in enumerate(bare_texts("fit")[::4])],
+        "neutral_fit": list(suites.unmoved("fit", "{statement}")[::4]),
         "neutral_validation": list(suites.neutral("validation")),
         "neutral_test": list(suites.neutral("test")),
     }
@@ -105,12 +105,7 @@ def references(backend: HF) -> dict[str, Reference]:
     return found
 
 
-def bare_texts(part: str) -> list[str]:
-    """The unmoved statements of a part, without a wording."""
-    return [suites.asked(prompt.conversation) for prompt in suites.unmoved(part, "{statement}")]
-
-
-def open_cell(backend: HF, data: Path, name: str, train: int) -> Cell:
+def open_cell(backend: HF, data: Path, name: str, train: int, like: Through | None = None) -> Cell:
     behaviour, wording, seed = name.split("/")
     source = persona_file(data, behaviour)
     asked, _, more = wording.partition("+")
@@ -121,7 +116,7 @@ def open_cell(backend: HF, data: Path, name: str, train: int) -> Cell:
         contrast = augmented(contrast, int(more))
         groups["fit"] = mixed(groups["fit"], asked, int(more))
     every = {part: backend.reference(prompts, None) for part, prompts in groups.items()} | neutral
-    run = Through(backend, [contrast], [SITE], list(every.values()), progress=say)
+    run = Through(backend, [contrast], [SITE], list(every.values()), like=like, progress=say)
     places, start = {}, 0
     for part, reference in every.items():
         places[part] = list(range(start, start + len(reference.ids)))
@@ -503,7 +498,8 @@ def known(cell: Cell) -> dict[str, Any]:
         top, reader = ceiling(cell, acts)
         mine: dict[str, Any] = {"ceiling": top, "reader": reader}
         for kind in ("lda", "logistic"):
-            weight, bias = fit_gate(own, still, kind=kind, held=held)
+            words = acts.rewordings(SITE)
+            weight, bias = fit_gate(own, still, kind=kind, held=held, rewordings=words)
             inside, outside = (part @ weight + bias for part in (asked, other))
             mine[f"{kind}_auroc"] = auroc(inside, outside)
             mine[f"{kind}_kept"] = float(inside.sigmoid().mean())
@@ -628,14 +624,16 @@ def main() -> None:
         print(f"about {len(left) * MINUTES / 60:.1f} hours on one core, two may run side by side")
         return
     if not asked.summary:
-        backend = HF(load_model("smollm2"))
+        backend, cell = HF(load_model("smollm2")), None
         for name in wanted:
             path = file_of(name)
             done = json.loads(path.read_text()) if path.is_file() else {}
             if all(arm in done for arm in arms):
                 continue
             said = asked.said if "/second" in name else 0
-            measure(open_cell(backend, asked.data, name, asked.train), asked.data, arms, path, said)
+            like = cell.run if cell else None
+            cell = open_cell(backend, asked.data, name, asked.train, like)
+            measure(cell, asked.data, arms, path, said)
     summarise(wanted)
 
 

@@ -202,3 +202,22 @@ def test_contexts_go_with_their_rows_through_choosing_saving_and_hashing(tmp_pat
         replace(plain, context={Site(7): before})
     with pytest.raises(InputError, match="values of shape"):
         replace(plain, context={plain.site: before[:2]})
+
+
+def test_rewordings_are_unmoved_rows_less_the_same_in_other_words():
+    records = [
+        {"behaviour": "", "item": name, "side": side, "pair": pair}
+        for name, side, pair in (
+            ("a", "unmoved", "a"),
+            ("b", "unmoved", "b"),
+            ("c", "unmoved", ""),
+            ("b", "restated", "b"),
+            ("d", "restated", "d"),
+        )
+    ]
+    site = Site(0)
+    rows = torch.tensor([[1.0], [2.0], [3.0], [10.0], [20.0]])
+    acts = Activations({site: rows}, Rows.of(records), ("x",), context={site: 2 * rows})
+    assert acts.rewordings(site).tolist() == [[-8.0]]
+    assert acts.prompts.rewordings(site).tolist() == [[-16.0]]
+    assert acts.where(side="unmoved").rewordings(site).shape == (0, 1)

@@ -73,6 +73,19 @@ def test_room_lowers_the_threshold_towards_the_unrelated_rows():
     assert logits[0.5][0] > 0
 
 
+def test_rewordings_turn_the_direction_away_from_what_they_change():
+    own, other = rows(300, seed=0), rows(100, seed=1, away=5)
+    line = torch.zeros(own.shape[1])
+    line[1] = 1.0
+    change = 20 * SCALES * line * torch.randn(40, 1, generator=torch.Generator().manual_seed(0))
+    plain, told = (
+        fit_gate(own, other, kind="lda", rewordings=given)[0] * SCALES for given in (None, change)
+    )
+    assert (told @ line.double()).abs() < 0.05 * (plain @ line.double()).abs()
+    none = fit_gate(own, other, kind="lda", rewordings=change[:0])[0] * SCALES
+    assert torch.equal(none, plain)
+
+
 def test_where_the_kinds_overlap_room_changes_nothing():
     own, other = rows(300, seed=0), rows(100, seed=1, away=0.2)
     shut, wide = (fit_gate(own, other, kind="lda", room=room) for room in (0.0, 1.0))

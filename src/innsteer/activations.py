@@ -25,7 +25,7 @@ from innsteer.site import Site
 
 Read = Literal["last", "mean", "all", "span"]
 READS: tuple[str, ...] = get_args(Read)
-SIDES = ("source", "target", "unmoved")
+SIDES = ("source", "target", "unmoved", "restated")
 FORMAT = 1
 BEFORE = "before."
 """In a shard, what stood before the rows of a site is kept under its name with this in front."""
@@ -36,8 +36,9 @@ _FIRST = Site(0)
 class Rows:
     """What each row is: equal-long columns.
 
-    ``pair`` joins the two sides of one item ("" = unpaired); ``token`` is the absolute position
-    that was read (the last one of a mean); ``weight`` is unitless, 1 by default.
+    ``side`` is source, target, unmoved or restated (an unmoved prompt in other words); ``pair``
+    joins the two sides of one item, or the last two ("" = unpaired); ``token`` is the absolute
+    position that was read (the last one of a mean); ``weight`` is unitless, 1 by default.
     """
 
     behaviour: np.ndarray
@@ -261,6 +262,20 @@ class Activations:
         names = [behaviour or self.behaviours[0], ""]
         index = (self.rows.side == "unmoved") & np.isin(self.rows.behaviour, names)
         return self.values[site][torch.from_numpy(np.flatnonzero(index))]
+
+    def rewordings(self, site: Site) -> Tensor:
+        """What other words change ``[n, d]``: unmoved rows less the same ones ``restated``."""
+        table = self.rows
+        here, other = (
+            {
+                str(table.pair[n]): int(n)
+                for n in np.flatnonzero((table.side == side) & (table.pair != ""))
+            }
+            for side in ("unmoved", "restated")
+        )
+        both = sorted(here.keys() & other.keys())
+        values = self.values[site]
+        return values[[here[pair] for pair in both]] - values[[other[pair] for pair in both]]
 
     # --- on disk ---------------------------------------------------------------------------------
 

@@ -133,6 +133,7 @@ class ShearFit:
         if self.apart:
             others = [name for name in acts.behaviours if name != behaviour]
             still = torch.cat([still, *(aims(seen, site, name).rows for name in others)])
+        reworded = seen.rewordings(site).double()
         # The row of an open item is a mean of answer tokens: no gate tells it from a prompt's end.
         gated = self.gate and (own.choice or part.contextual)
         if gated and len(still) == 1:
@@ -154,6 +155,7 @@ class ShearFit:
             room=self.room,
             slope=self.slope,
             weights=own.weight,
+            rewordings=inner(reworded) - inner(torch.zeros_like(reworded)),
         )
 
     def _read(self, step: Shear, row: int, own: Aims, held: Aims, seed: int) -> None:

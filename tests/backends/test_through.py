@@ -139,6 +139,30 @@ def test_maps_that_read_the_prompt_are_told_what_the_engine_tells_them(model, co
         assert (got[side] - plain[side]).abs().max() > 0.1
 
 
+def test_a_run_takes_over_what_another_kept(llama, monkeypatch):
+    first = Through(HF(llama), [choice()], [LOW], unmoved(llama))
+    plain = Through(HF(llama), [free(), choice()], [LOW], unmoved(llama))
+    ran = []
+    real = Through._base_model
+    monkeypatch.setattr(
+        Through, "_base_model", lambda self, ids, *rest: (ran.append(ids), real(self, ids, *rest))
+    )
+    taken = Through(HF(llama), [free(), choice()], [LOW], unmoved(llama), like=first)
+    own = len(taken._sequences) - sum(map(len, (QUESTIONS, NEUTRAL)))
+    assert sum(map(len, ran[1:])) == own > 0  # the first is the shared prefix
+    maps, numbers = shift(llama, LOW, k=2), plain.items()
+    coef = torch.full((len(numbers), 2), 0.5)
+    want, got = (one.answers(maps, numbers, coef) for one in (plain, taken))
+    for side in (0, 1):
+        close(got[side], want[side])
+    close(taken.rows().context[LOW], plain.rows().context[LOW])
+    elsewhere = Through(HF(llama), [choice()], [Site(2)], like=first)
+    close(
+        elsewhere.rows().values[Site(2)],
+        Through(HF(llama), [choice()], [Site(2)]).rows().values[Site(2)],
+    )
+
+
 def test_a_continuation_that_ends_at_once_is_no_bare_prompt(llama):
     reference = HF(llama).reference(NEUTRAL, None)
     ids = tuple((*row, tiny.EOS) for row in reference.ids)

@@ -57,7 +57,10 @@ class Through:
         contrasts: one per behaviour, in the order of ``coef``'s columns; items with both sides.
         sites: what may be steered. The blocks below the lowest run once per sequence, here.
         unmoved: what an edit shall not move: bare prompts (their first response token counts), or
-            prompts with the unsteered model's continuations (every token of these counts).
+            prompts with the unsteered model's continuations (every token of these counts). One of
+            these that has a bare prompt's ``item`` is taken for the same in other words.
+        like: another run of the same model and sites: what it kept of sequences that are here too
+            is not computed again.
 
     Raises:
         InputError: no site, no item with both sides, or behaviours of one name.
@@ -70,6 +73,7 @@ class Through:
         sites: Sequence[Site],
         unmoved: Sequence[Reference] = (),
         *,
+        like: "Through | None" = None,
         progress: Progress = silent,
     ) -> None:
         self.behaviours = tuple(contrast.behaviour for contrast in contrasts)
@@ -103,13 +107,16 @@ class Through:
             for reference in unmoved
             for ids, length in zip(reference.ids, reference.lengths, strict=True)
         )
-        # Not by length: a continuation that ended at once leaves one steered token as well.
-        self._prompts_alone = {
-            self._number(ids, length)
-            for reference in unmoved
-            for ids, length in zip(reference.ids, reference.lengths, strict=True)
-            if len(ids) == length
-        }
+        # By what was given: a continuation that ended at once leaves one steered token as well.
+        self._prompts_alone: dict[int, str] = {}
+        self._continued: dict[int, str] = {}
+        for reference in unmoved:
+            for prompt, ids, length in zip(
+                reference.prompts, reference.ids, reference.lengths, strict=True
+            ):
+                kind = self._prompts_alone if len(ids) == length else self._continued
+                number = self._number(ids if len(ids) == length else ids[:-1], length)
+                kind.setdefault(number, prompt.item)
         self._provenance = {
             "fingerprint": asdict(self._model.fingerprint),
             "contrast": contrasts[0].hash if len(contrasts) == 1 else None,
@@ -124,6 +131,8 @@ class Through:
         self._shared = self._shared_prefix()
         self._base: dict[int, Tensor] = {}
         self._rows: dict[tuple[float, bool], Activations] = {}
+        if like is not None:
+            self._take(like)
         self._keep_prefixes(progress)
 
     # --- what a fit asks -------------------------------------------------------------------------
@@ -239,9 +248,9 @@ class Through:
         h+- = h +- step * spread * grad / |grad|, with grad that of log P(target) - log P(source) by
         a shift of all its steered tokens, h the mean of these (the last prompt token's row for a
         choice answered in one token), and spread = root mean |h - mean h|^2 over the training
-        items. The last tokens of bare unmoved prompts stand beside them as ``unmoved`` rows; those
-        of a continuation do not: they stand elsewhere, and a gate between here and there would see
-        the difference in place alone.
+        items. The last tokens of bare unmoved prompts stand beside them as ``unmoved`` rows, and
+        those of the same in other words as ``restated``. Tokens of a continuation do not: they
+        stand elsewhere, and a gate between here and there would see the difference in place alone.
 
         Args:
             interventions: edits that are active meanwhile; a row is read before its own site's.
@@ -260,7 +269,7 @@ class Through:
         joined, context = {}, {}
         asked = [self._own(number)[0] for number in range(len(self._asked))]
         for site in self.sites:
-            numbers = [*asked, *asked, *self._bare()]
+            numbers = [*asked, *asked, *self._bare(), *self._restated()]
             context[site] = torch.stack([self._before[n][site] for n in numbers]).cpu()
             h, grad = torch.cat(values[site]), torch.cat(lifts[site])
             own = h[train]
@@ -353,8 +362,8 @@ class Through:
         return found
 
     def _still_rows(self, interventions: Interventions | None) -> dict[Site, list[Tensor]]:
-        """Rows of the bare unmoved prompts at every site: their last token."""
-        numbers = self._bare()
+        """Rows of the unmoved prompts at every site, then of the restated: their last token."""
+        numbers = [*self._bare(), *self._restated()]
         found: dict[Site, dict[int, Tensor]] = {site: {} for site in self.sites}
         for part in self._parts(numbers):
             seen: dict[Site, Tensor] = {}
@@ -362,12 +371,17 @@ class Through:
             with torch.no_grad(), self._watch(seen):
                 self._run([numbers[place] for place in part], interventions, coef)
             for site, h in seen.items():
-                found[site] |= {place: h[n].float().cpu() for n, place in enumerate(part)}
+                found[site] |= {place: h[n, :1].float().cpu() for n, place in enumerate(part)}
         return {site: [rows[n] for n in range(len(numbers))] for site, rows in found.items()}
 
     def _bare(self) -> list[int]:
         """The unmoved sequences without a continuation."""
         return [number for number in self.unmoved if number in self._prompts_alone]
+
+    def _restated(self) -> list[int]:
+        """The unmoved sequences with a continuation whose prompt says what a bare one says."""
+        known = {self._prompts_alone[number] for number in self._bare()}
+        return [number for number in self.unmoved if self._continued.get(number) in known]
 
     def _table(self) -> list[dict[str, Any]]:
         """The table of ``rows()``: sources, targets, then unmoved rows of every behaviour's."""
@@ -385,15 +399,20 @@ class Through:
             for side in ("source", "target")
             for asked in self._asked
         ]
-        records += [
-            {
-                "behaviour": "",
-                "item": f"unmoved-{place:04d}",
-                "side": "unmoved",
-                "token": self._sequences[number].start,
-            }
-            for place, number in enumerate(self._bare())
-        ]
+        for side, numbers, names in (
+            ("unmoved", self._bare(), self._prompts_alone),
+            ("restated", self._restated(), self._continued),
+        ):
+            records += [
+                {
+                    "behaviour": "",
+                    "item": names[number],
+                    "side": side,
+                    "pair": names[number],
+                    "token": self._sequences[number].start,
+                }
+                for number in numbers
+            ]
         return records
 
     @contextmanager
@@ -465,6 +484,18 @@ class Through:
             shared = same
         return shared
 
+    def _take(self, other: "Through") -> None:
+        """What another run kept of the same sequences after the same shared prefix."""
+        shared = self._sequences[0].ids[: self._shared]
+        same = other._model is self._model and other.sites == self.sites
+        if not same or other._sequences[0].ids[: other._shared] != shared:
+            return
+        for number, sequence in enumerate(self._sequences):
+            known = other._numbers.get((sequence.start + 1, *sequence.ids))
+            if known is not None:
+                self._hidden[number], self._past[number] = other._hidden[known], other._past[known]
+                self._before[number] = other._before[known]
+
     def _keep_prefixes(self, progress: Progress) -> None:
         """One pass over everything: hidden states of the steered tokens, and what precedes them."""
         common: DynamicCache | None = None
@@ -476,8 +507,10 @@ class Through:
                 with self._watch(shared):
                     self._base_model(ids.to(self._model.device), torch.ones_like(ids), common)
                 self._common = self._upper(common)
-            lengths = [len(sequence.ids) - self._shared for sequence in self._sequences]
-            for index in self._backend._batches(lengths, progress, "prefixes"):
+            left = [n for n in range(len(self._sequences)) if n not in self._hidden]
+            lengths = [len(self._sequences[n].ids) - self._shared for n in left]
+            for part in self._backend._batches(lengths, progress, "prefixes"):
+                index = [left[n] for n in part]
                 rows = [self._sequences[i].ids[self._shared :] for i in index]
                 ids, mask = self._backend._pad(rows, side="right")
                 mask = torch.cat([mask.new_ones(len(index), self._shared), mask], 1)

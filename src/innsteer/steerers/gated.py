@@ -149,6 +149,7 @@ class GatedMethod(Steerer):
                     weights=weight,
                     unrelated_weights=unrelated_weights,
                     held_weights=kept_weight if len(kept) else None,
+                    rewordings=acts.rewordings(site),
                 )
         return fitted
 
