@@ -3,10 +3,11 @@
     python benchmarks/open_ended.py [--behaviour critical] [--prompts 130]
 
 Answers to held-out prompts are sampled and scored by the behaviour's offline scorer. The strength
-of every arm is chosen on validation prompts: among the three largest whose cost stays within the
-budget the one of the highest score, once for neutral prompts alone and once for prompts that only
-look like the behaviour's too. INNSteer sees ordinary prompts of kinds that validation and test do
-not hold, and learns to leave them alone; DiffMean behind the same gate stands beside it.
+of every arm is chosen on validation prompts: of four shares of the largest that stays within the
+budget (8 at most) the one of the highest score; once for neutral prompts alone, and once for
+prompts that only look like the behaviour's too. INNSteer sees ordinary prompts of kinds that
+validation and test do not hold, and learns to leave them alone; DiffMean behind the same gate
+stands beside it.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
 
 RESULTS = control.HERE / "results" / "open_ended.json"
-GRID = (0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+SHARES = (0.25, 0.5, 0.75, 1.0)
+METERS = ("neutral_cost", "in_format_cost")
 
 
 class Behind(Intervention):
@@ -156,23 +158,26 @@ def main() -> None:
     found: dict[tuple[str, str], list[float]] = {}
     done: dict[tuple[str, float], tuple[str, str]] = {}
     for arm, maps in arms.items():
-        costs = {
-            name: {s: cost(meters[name, "validation"], name, maps, s) for s in GRID}
-            for name in ("neutral_cost", "in_format_cost")
-        }
         gains: dict[float, float] = {}
         for budget, names in (
             ("neutral budget", ("neutral_cost",)),
             ("both halves", ("neutral_cost", "in_format_cost")),
         ):
-            within = [s for s in GRID if all(costs[c][s] <= control.BUDGET for c in names)]
-            for s in within[-3:]:
+
+            def spends(
+                strength: float, maps: Interventions = maps, names: tuple[str, ...] = names
+            ) -> float:
+                """The worse half on validation prompts."""
+                return max(cost(meters[n, "validation"], n, maps, strength) for n in names)
+
+            limit = control.largest(spends, 1.0, 8.0)
+            for share in SHARES:
+                s = round(share * limit, 3)
                 if s not in gains:
                     answers = scored(backend, validation[:32], maps, s, how)
                     gains[s] = float(np.mean(values(scorer, answers)))
-                    spent = ", ".join(f"{part[s]:.3f}" for part in costs.values())
-                    say(f"  {arm} {s}: {gains[s]:.2f}, {spent}")
-            strength = max(within[-3:], key=lambda s: (gains[s], -s)) if within else 0.0
+                    say(f"  {arm} {s}: {gains[s]:.2f}")
+            strength = max((s for s in gains if s <= limit), key=lambda s: (gains[s], -s))
             if (arm, strength) in done:
                 found[arm, budget] = found[done[arm, strength]]
                 note(f"{arm}, {budget}: as above", found[arm, budget], "", "share")
@@ -182,7 +187,7 @@ def main() -> None:
             found[arm, budget] = values(scorer, answers)
             note(f"{arm}, {budget}, {scorer}", found[arm, budget], "", "share")
             note(f"{arm}, {budget}, strength", [strength], "", "unitless")
-            for name in costs:
+            for name in METERS:
                 spent = cost(meters[name, "test"], name, maps, strength)
                 bar = f"<= {1.1 * control.BUDGET:.4f}" if name in names else ""
                 note(f"{arm}, {budget}, {name}", [spent], bar, "nats")
