@@ -6,15 +6,19 @@ import pytest
 import torch
 
 import tiny
+from edits import seen, told
 from innsteer import fitting, tuning
 from innsteer.activations import Activations
-from innsteer.backends.base import Prompt
+from innsteer.backends.base import Prompt, Sampling
+from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast, Item
 from innsteer.errors import InputError, LeakError, MismatchError, UnknownName
 from innsteer.hooks import Attachment
+from innsteer.interventions import Edit
 from innsteer.site import Site, Where
 from innsteer.steerer import get
 from innsteer.steering import Steering
+from innsteer.suites import behaviour as suites
 from words import contrast, yes_or_no
 
 OPEN, CHOICE = contrast(), contrast(yes_or_no)
@@ -256,3 +260,44 @@ def test_the_fitted_map_changes_what_the_model_answers(model, asked, sought):
     with Attachment(model, [sought.edit(1.0)], prompt_lengths=[ids.shape[1]]) as attached:
         steered = model.model(ids).logits[0, -1]
     assert attached.trace.touched == 1 and not torch.equal(plain, steered)
+
+
+def test_what_reads_the_prompt_has_one_scope_whichever_way_it_is_fitted(model, asked):
+    acts = fitting.through(model, asked, [Site(1)]).rows()
+    method = get("innsteer", objective="target")
+    assert fitting.fit_rows(model, method, acts).interventions.contextual
+    with pytest.raises(InputError, match="scope all for a steering that reads the prompt"):
+        fitting.fit_rows(model, method, acts, where=Where("all"))
+
+
+def test_statements_to_leave_alone_are_known_in_other_words_too(model, asked):
+    acts = fitting.through(model, asked, [Site(1)]).rows()
+    assert acts.rewordings(Site(1)).shape == (40, tiny.WIDTH)
+    bare = acts.where(side="restated").context[Site(1)]
+    first = [prompt.conversation for prompt in suites.unmoved("fit", "{statement}")[::4]][0]
+    ids = model.encode(first).ids
+    with seen(model, Site(1)) as held:
+        model.model(torch.tensor([ids]))
+    want = held[0][0, max(1, len(ids) - 65) : -1].mean(0)
+    torch.testing.assert_close(bare[0], want, rtol=0, atol=2e-5)
+
+
+def test_unmoved_prompts_gate_an_open_behaviour_and_are_refused_where_nothing_is_run(model):
+    prompts = [Prompt(f"u{n}", f"How many are {n} and {n}?") for n in range(12)]
+    aim = {"objective": "target", "polish": 0}
+    gated = fitting.fit(model, OPEN, sites=[Site(1)], unmoved=prompts, **aim)
+    assert gated.interventions.contextual
+    assert not fitting.fit(model, OPEN, sites=[Site(1)], **aim).interventions.contextual
+    with pytest.raises(InputError, match="unmoved prompts for 'diffmean'"):
+        fitting.fit(model, OPEN, "diffmean", unmoved=prompts)
+
+
+def test_a_meter_tells_a_map_the_prompt_that_it_keeps(model):
+    backend = HF(model)
+    prompts = [Prompt(f"{n}", f"{'so ' * n}what is it?") for n in range(4)]
+    reference = backend.reference(prompts, Sampling(6, 1.0))
+    edit = Edit(told(model), torch.tensor([0.7]))
+    kept, whole = (backend.meter(reference, sites)([edit]) for sites in ([Site(1)], []))
+    for one, other in zip(kept, whole, strict=True):
+        assert one.values["kl"] == pytest.approx(other.values["kl"], abs=1e-4)
+        assert max(one.values["kl"]) > 1e-3
