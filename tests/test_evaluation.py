@@ -8,15 +8,18 @@ import pytest
 import torch
 
 import tiny
+from edits import seen
 from innsteer import evaluation, fitting, metrics, pages, tuning
 from innsteer.backends.base import Sampling
 from innsteer.backends.hf import HF
 from innsteer.calibration import Calibration, Dose
 from innsteer.errors import InputError, MissingPackage, UnknownName
 from innsteer.evaluation import PROMPT_ONLY, RANDOM, UNSTEERED, Arm, Sizes
+from innsteer.interventions import Shift
 from innsteer.metrics import negative_sentiment
 from innsteer.report import Report
 from innsteer.site import Site, Where
+from innsteer.steerer import Interventions
 from innsteer.suites import behaviour as suites
 from words import contrast, yes_or_no
 
@@ -120,6 +123,31 @@ def test_the_random_arm_moves_activations_as_far_as_the_last_steering(model, our
     assert np.mean(moved[RANDOM]) == pytest.approx(np.mean(moved["b"]), rel=1e-4)
     assert np.mean(moved[RANDOM]) > 1.5 * np.mean(moved["a"])
     assert arms[2].strength > 0 and arms[2].edit.where == ours.where
+
+
+def test_the_random_arm_of_a_gated_steering_moves_the_behaviours_own_prompts(model, ours, suite):
+    """A gate may leave every neutral prompt alone; a random arm of strength 0 would say nothing."""
+    contexts = []
+    for prompt in suite.prompts:
+        ids = torch.tensor([model.encode(prompt.conversation).ids])
+        with seen(model, Site(1)) as held:
+            model.model(ids)
+        contexts.append(held[0][0, max(1, ids.shape[1] - 65) : -1].mean(0))
+    known = torch.stack(contexts)
+
+    class OnOwn(Shift):
+        contextual = True
+
+        def displacement(self, h, coef, context=None):
+            on = (context - known[:, None]).norm(dim=-1).amin(0) < 1e-3
+            return on[:, None] * super().displacement(h, coef)
+
+    gated = OnOwn(tiny.WIDTH)
+    gated.shifts.copy_(ours.interventions[Site(1)].shifts)
+    steering = replace(ours, interventions=Interventions({Site(1): gated}))
+    arms = evaluation.standard_arms(model, {"a": steering}, suite)
+    plain = evaluation.standard_arms(model, {"a": ours}, suite)
+    assert arms[2].strength == pytest.approx(plain[2].strength, rel=1e-3) != 0
 
 
 def test_the_random_direction_is_drawn_by_the_seed(model, ours, suite):

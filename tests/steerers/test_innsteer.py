@@ -1054,6 +1054,28 @@ def test_a_shear_that_reads_the_prompt_keeps_the_laws_of_strength(tmp_path):
     )
 
 
+def test_the_gate_looks_away_from_what_other_words_change():
+    acts = prompted()
+    site, still = Site(3), acts.where(side="unmoved")
+    turn = torch.zeros(WIDE)
+    turn[4] = 3.0
+    noise = torch.randn(len(still), 1, generator=draws(5))
+    values, context = (
+        torch.cat([part[site], still_part[site] + noise * turn])
+        for part, still_part in ((acts.values, still.values), (acts.context, still.context))
+    )
+    table = acts.rows.records()
+    for n, row in enumerate(table):
+        row["pair"] = row["pair"] or f"still-{n}"
+    table += [row | {"side": "restated"} for row in table if row["side"] == "unmoved"]
+    told = replace(acts, values={site: values}, context={site: context}, rows=Rows.of(table))
+    weights = []
+    for given in (acts, told):
+        part = INNSteer(**AIM).fit(given)[site]
+        weights.append(float((part.step.gate[0] / part.reader.std)[4].abs()))
+    assert weights[1] < 0.5 * weights[0]
+
+
 def test_a_shear_that_reads_the_prompt_takes_another_behaviour():
     acts = prompted(k=2)
     first, second = (
