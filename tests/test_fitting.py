@@ -41,10 +41,10 @@ def test_the_default_site_is_two_thirds_up(model):
     class Deep:
         layout = type("Layout", (), {"blocks": range(30)})
 
-    assert fitting.default_site(Deep) == Site(19)
+    assert fitting.default_site(Deep) == Site(19) and fitting.middle_site(Deep) == Site(15)
     assert fitting.default_site(model) == Site(1)
     Deep.layout.blocks = range(1)
-    assert fitting.default_site(Deep) == Site(0)
+    assert fitting.default_site(Deep) == fitting.middle_site(Deep) == Site(0)
 
 
 def test_rows_are_those_of_training_and_validation_and_never_of_the_test_part(model):
@@ -268,6 +268,10 @@ def test_what_reads_the_prompt_has_one_scope_whichever_way_it_is_fitted(model, a
     assert fitting.fit_rows(model, method, acts).interventions.contextual
     with pytest.raises(InputError, match="scope all for a steering that reads the prompt"):
         fitting.fit_rows(model, method, acts, where=Where("all"))
+
+
+def test_a_run_stands_half_way_up_unless_told(model, asked):
+    assert fitting.through(model, asked).sites == (Site(2),)
 
 
 def test_statements_to_leave_alone_are_known_in_other_words_too(model, asked):

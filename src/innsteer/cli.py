@@ -39,7 +39,7 @@ STEERING = Annotated[Path, typer.Argument(help="A steering's folder.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 SEED = Annotated[int, typer.Option(help="Seed of every random choice.")]
 LAYERS = Annotated[
-    str, typer.Option(help="Blocks, from 0: 19, 15,19,23 or 19.mlp; default: two thirds up.")
+    str, typer.Option(help="Blocks, from 0: 19, 15,19,23 or 19.mlp; default: by method.")
 ]
 READ = Annotated[
     str, typer.Option(help="Answer tokens that become rows: last, mean, all, span:A:B.")

@@ -35,6 +35,14 @@ def default_site(model: LanguageModel) -> Site:
     return Site(max(2 * len(model.layout.blocks) // 3 - 1, 0))
 
 
+def middle_site(model: LanguageModel) -> Site:
+    """Half way up: where what is asked reads alike in other words, and can still be acted on.
+
+    On the embedded model that is block 15 of 30.
+    """
+    return Site(len(model.layout.blocks) // 2)
+
+
 def record(
     model: LanguageModel,
     contrast: Contrast,
@@ -80,7 +88,8 @@ def fit(
     Args:
         contrast: its training part is fitted; a validation part serves early stopping.
         method: a name from ``innsteer.names()``, or a steerer.
-        sites: default: one site two thirds up. folder: also write the recording there.
+        sites: default: one site two thirds up, half way for a fit through the model. folder: also
+            write the recording there.
         unmoved: bare prompts that a fit through the model shall leave alone; see ``through``.
         **fields: of the method.
 
@@ -123,7 +132,7 @@ def through(
     """The model as a fit through it sees it: training and validation items, and what must not move.
 
     Args:
-        sites: default: one site two thirds up.
+        sites: default: one site half way up.
         unmoved: bare prompts whose answer an edit shall not change; default: for Yes/No questions
             the package's unrelated statements in the contrast's own wording (their fitting part,
             of which neither tuning nor evaluation sees a kind), for others none. Beside them stand
@@ -141,7 +150,7 @@ def through(
         *([backend.reference(bare, None)] if bare else []),
         backend.reference(plain, Sampling(12, 1.0), progress=progress),
     ]
-    where = sites or (default_site(backend.model),)
+    where = sites or (middle_site(backend.model),)
     return Through(backend, [replace(contrast, items=items)], where, references, progress=progress)
 
 
