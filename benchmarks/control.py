@@ -659,7 +659,8 @@ def figure(
 def summarise(wanted: Sequence[str]) -> None:
     """results/control.json from the cells that are there; what is missing is counted."""
     kept = {name: file_of(name) for name in wanted if file_of(name).is_file()}
-    found = {name: json.loads(path.read_text()) for name, path in kept.items()}
+    read = {name: json.loads(path.read_text()) for name, path in kept.items()}
+    found = {name: cell for name, cell in read.items() if "cell" in cell}
     figures: list[dict[str, Any]] = []
     for wording in WORDINGS:
         mine = {name: cell for name, cell in found.items() if f"/{wording}/" in name}
