@@ -198,6 +198,16 @@ def test_a_checked_strength_is_no_preview(model, fitted, monkeypatch):
     assert tuned.provenance["tuned_control"] == "alignment"
 
 
+def test_the_check_ends_where_the_cost_saturates_at_a_small_strength(monkeypatch):
+    """A gate that lets a few prompts through: they cost all there is, at 1 as at 4."""
+    priced = Priced(monkeypatch, lambda s: 0.12 * (1 - math.exp(-20 * s)))
+    strength = tuning._check({}, None, 4.0, 0.1, silent)
+    assert priced.asked[-1] == strength and 0.01 < strength < 0.1
+    with pytest.raises(BudgetError, match="stays above"):
+        Priced(monkeypatch, lambda s: 0.2)
+        tuning._check({}, None, 4.0, 0.1, silent)
+
+
 def test_the_curve_is_measured_on_the_tokens_of_the_check(model, fitted, monkeypatch):
     monkeypatch.setattr(tuning.suites, "neutral", lambda part: neutral(part)[:100])
     real = Sampling

@@ -21,6 +21,7 @@ from innsteer.steerer import Steerer, get
 from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
 
+CHECKS = 12
 STAGES = 8
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.5)
 Costs = Mapping[str, Meter]
@@ -263,13 +264,15 @@ def _check(
     progress: Progress,
 ) -> float:
     """Shrink until the upper end of the cost's 90 % interval is within the budget."""
-    for step in range(8):
-        progress("check", step, 8)
+    for step in range(CHECKS):
+        progress("check", step, CHECKS)
         high = _worst(costs, steering, strength, "high")
         if high <= budget:
-            progress("check", 8, 8)
+            progress("check", CHECKS, CHECKS)
             return strength
-        strength *= math.sqrt(0.97 * budget / high)
+        # Where a few prompts cost all there is at any strength, the square law shrinks too little.
+        factor = math.sqrt(0.97 * budget / high)
+        strength *= factor if step < 2 else min(factor, 0.6)
     raise BudgetError(
         f"the cost stays above {budget} nats at every strength tried",
         remedy="fit with more data, or raise the budget",
