@@ -301,7 +301,14 @@ def test_a_meter_tells_a_map_the_prompt_that_it_keeps(model):
     prompts = [Prompt(f"{n}", f"{'so ' * n}what is it?") for n in range(4)]
     reference = backend.reference(prompts, Sampling(6, 1.0))
     edit = Edit(told(model), torch.tensor([0.7]))
-    kept, whole = (backend.meter(reference, sites)([edit]) for sites in ([Site(1)], []))
+    columns, found = [], []
+    block = model.layout.blocks[2].module
+    for sites in ([Site(1)], []):
+        meter = backend.meter(reference, sites)
+        with block.register_forward_pre_hook(lambda _, args: columns.append(args[0].shape[1])):
+            found.append(meter([edit]))
+    kept, whole = found
+    assert columns[0] <= 8 < columns[1]  # the prompts do not run again
     for one, other in zip(kept, whole, strict=True):
         assert one.values["kl"] == pytest.approx(other.values["kl"], abs=1e-4)
         assert max(one.values["kl"]) > 1e-3

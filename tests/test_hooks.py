@@ -711,7 +711,15 @@ def test_short_and_long_prompts_fed_in_parts_are_told_apart(model):
     torch.testing.assert_close(torch.cat(given), want[[1, 0]], rtol=0, atol=2e-5)
 
 
+def test_a_short_prompt_that_nothing_steers_stands_beside_others(model):
+    ids, mask = padded([[30, 31], LONG[0]])
+    edits = [Edit(told(model), torch.tensor([[0.0], [1.0]]))]
+    with Attachment(model, edits) as attached:
+        generate(model, ids, mask)
+    assert attached.trace.touched == NEW
+
+
 def test_a_prompt_without_a_token_to_read_is_refused(model):
-    with pytest.raises(PositionError, match="a prompt of 2 tokens"):  # noqa: SIM117
+    with pytest.raises(PositionError, match="a prompt of 1 or 2 tokens"):  # noqa: SIM117
         with Attachment(model, [Edit(told(model), torch.ones(1))], prompt_lengths=[2]):
             model.model(torch.tensor([[9, 10]]))

@@ -352,6 +352,11 @@ class _Contexts:
             given: Tensor = self._given[site][sequences.to(self._given[site].device)]
             return given.to(device)
         own = sequences.to(self._counts.device)
+        if not bool(self._wanted[own].all()):
+            raise PositionError(
+                "a prompt of 1 or 2 tokens for a steering that reads the prompt",
+                expected="at least 3 tokens",
+            )
         if site not in self._sums or not torch.equal(self._counts[own], self._wanted[own]):
             self.reset()
             raise RefusedError(

@@ -159,18 +159,10 @@ class Where:
 def before(prompt: int) -> tuple[int, int]:
     """The positions whose mean is a prompt's context: at most ``WINDOW`` before its last token.
 
-    Position 0 stays out: BOS, or what stands in its place, is the attention's sink.
+    Position 0 stays out: BOS, or what stands in its place, is the attention's sink. A prompt of
+    fewer than 3 tokens has none.
 
-    Raises:
-        PositionError: a prompt too short to have any.
-
-    >>> before(100), before(10)
-    ((35, 99), (1, 9))
+    >>> before(100), before(10), before(2)
+    ((35, 99), (1, 9), (1, 1))
     """
-    start, stop = max(prompt - 1 - WINDOW, 1), prompt - 1
-    if start >= stop:
-        raise PositionError(
-            f"a prompt of {prompt} tokens for a steering that reads the prompt",
-            expected="at least 3 tokens",
-        )
-    return start, stop
+    return max(prompt - 1 - WINDOW, 1), max(prompt - 1, 1)

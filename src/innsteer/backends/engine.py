@@ -12,9 +12,9 @@ from innsteer.backends.base import Progress
 from innsteer.contrast import Conversation
 from innsteer.hooks import Trace, require_selected
 from innsteer.interventions import Edit
-from innsteer.layout import Block
+from innsteer.layout import Block, Layout
 from innsteer.models import LanguageModel
-from innsteer.site import Site
+from innsteer.site import Site, before
 
 
 class Engine:
@@ -93,6 +93,47 @@ def tally(edits: Sequence[Edit]) -> Iterator[Trace]:
     yield trace
     if edits:
         require_selected(trace, edits)
+
+
+@contextmanager
+def watch(layout: Layout, sites: Sequence[Site]) -> Iterator[dict[Site, Tensor]]:
+    """Every site's stream of the latest pass, before an edit that was attached later."""
+    seen: dict[Site, Tensor] = {}
+    with ExitStack() as stack:
+        for site in sites:
+            module, port = layout.at(site)
+
+            def keep(_: Any, args: Any, output: Any = None, site: Site = site) -> None:
+                value = args[0] if output is None else output
+                seen[site] = value[0] if isinstance(value, tuple) else value
+
+            register: Any = (
+                module.register_forward_pre_hook
+                if port == "input"
+                else module.register_forward_hook
+            )
+            stack.callback(register(keep).remove)
+        yield seen
+
+
+@contextmanager
+def tap(block: Block) -> Iterator[list[Any]]:
+    """What a block hands on, pass by pass."""
+    held: list[Any] = []
+    handle = block.module.register_forward_hook(lambda _, args, output: held.append(output))
+    try:
+        yield held
+    finally:
+        handle.remove()
+
+
+def context_of(rows: Tensor, prompt: int) -> Tensor:
+    """A prompt's context ``[d]``, from rows ``[time, d]`` that begin at position 0.
+
+    NaN where the prompt is too short: only a map that reads it must complain.
+    """
+    start, stop = before(prompt)
+    return rows[start:stop].float().mean(0)
 
 
 @contextmanager

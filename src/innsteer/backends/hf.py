@@ -1,18 +1,18 @@
 """The Hugging Face engine: generate, score, record and compare, on one machine."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from innsteer import __version__
 from innsteer.activations import Activations, Read, Rows, ShardWriter
 from innsteer.backends.base import Completion, Progress, Prompt, Sampling, silent
-from innsteer.backends.engine import Engine, as_text, edits_of, positions_of, tally
+from innsteer.backends.engine import Engine, as_text, edits_of, positions_of, tally, watch
 from innsteer.backends.meter import Meter as Meter
 from innsteer.backends.meter import Reference as Reference
 from innsteer.backends.meter import instruct as instruct
@@ -336,25 +336,8 @@ class HF(Engine):
 
     def _capture(self, stack: ExitStack, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Hooks that keep the sites' streams and stop the pass at the deepest one."""
-        seen: dict[Site, Tensor] = {}
-        places = {site: self.model.layout.at(site) for site in sites}
+        seen = stack.enter_context(watch(self.model.layout, sites))
         deepest = self.model.layout.blocks[max(site.layer for site in sites)].module
-
-        def keep(site: Site, port: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...], output: Any = None) -> None:
-                value = args[0] if port == "input" else output
-                seen[site] = value[0] if isinstance(value, tuple) else value
-
-            return hook
-
-        for site, (module, port) in places.items():
-            hook = keep(site, port)
-            handle = (
-                module.register_forward_pre_hook(hook)
-                if port == "input"
-                else module.register_forward_hook(hook)
-            )
-            stack.callback(handle.remove)
 
         def stop(*_: object) -> None:
             raise _Stop

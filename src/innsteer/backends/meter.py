@@ -1,7 +1,7 @@
 """Cost: what edits do to the model's predictions on a reference, token by token."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,11 +10,21 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from innsteer.backends.base import Completion, Kind, Prompt, silent
-from innsteer.backends.engine import Engine, as_text, cut_of, edits_of, replay, tally
+from innsteer.backends.engine import (
+    Engine,
+    as_text,
+    context_of,
+    cut_of,
+    edits_of,
+    replay,
+    tally,
+    tap,
+    watch,
+)
 from innsteer.contrast import Conversation
 from innsteer.hooks import Attachment, Trace
 from innsteer.interventions import Edit
-from innsteer.site import Site, Span
+from innsteer.site import Site, Span, Where
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,10 @@ class Meter:
                 rows = [reference.ids[i] for i in index]
                 ids, mask = backend._pad(rows, side="left")
                 cache = DynamicCache() if sites else None
-                with self._tap() as held:
+                blocks, layout = backend.model.layout.blocks, backend.model.layout
+                with ExitStack() as stack:
+                    held = stack.enter_context(tap(blocks[self._cut])) if self._cut >= 0 else []
+                    seen = stack.enter_context(watch(layout, sites))
                     base = self._predict(index, ids, mask, cache)
                 prefix = ids.shape[1] - max(map(self._count, index)) - 1
                 tokens = self._tokens(index, base)
@@ -89,6 +102,7 @@ class Meter:
                         held[0] if held else None,
                         _past(cache, prefix),
                         max(prefix, 0) if cache is not None else 0,
+                        self._contexts(index, ids.shape[1], seen),
                     )
                 )
 
@@ -113,6 +127,8 @@ class Meter:
         with tally(edits) as trace:
             for part in self._batches:
                 lengths = [self.reference.lengths[i] for i in part.order]
+                late = held and self._late(part, edits)
+                start = part.prefix if late else 0
                 attached = Attachment(
                     self.backend.model,
                     edits_of(edits, part.order),
@@ -120,8 +136,8 @@ class Meter:
                     turns=[self.reference.turns[i] for i in part.order],
                     displacement=displacement,
                     trace=trace,
+                    contexts=part.contexts if late else None,
                 )
-                start = part.prefix if held and self._late(part, edits) else 0
                 replay = self._replay(part.held if held else None, start)
                 with torch.inference_mode(), replay, attached:
                     steered = self._predict(
@@ -131,8 +147,14 @@ class Meter:
         return [found[i] for i in range(len(self.reference.ids))]
 
     def _late(self, part: "_Measured", edits: Sequence[Edit]) -> bool:
-        """Whether the columns before the prefix's end stay unedited, in every layer, and unread."""
-        if any(edit.interventions.contextual for edit in edits):
+        """Whether the columns before the prefix's end stay unedited, in every layer.
+
+        Where an edit reads the prompt, nothing of the prompt may be edited: what it reads was kept.
+        """
+        told = [site for e in edits for site, one in e.interventions.items() if one.contextual]
+        if told and (
+            any(edit.where != Where() for edit in edits) or not set(told) <= part.contexts.keys()
+        ):
             return False
         reference, width = self.reference, part.ids.shape[1]
         return all(
@@ -226,6 +248,21 @@ class Meter:
             parts.append(logits[row, -count:] if bare else logits[row, -count - 1 : -1])
         return torch.cat(parts).float().log_softmax(-1)
 
+    def _contexts(
+        self, index: Sequence[int], width: int, seen: Mapping[Site, Tensor]
+    ) -> dict[Site, Tensor]:
+        """What stands before each row's response, ``[rows, d]`` per site."""
+        reference = self.reference
+        return {
+            site: torch.stack(
+                [
+                    context_of(h[row, width - len(reference.ids[i]) :], reference.lengths[i])
+                    for row, i in enumerate(index)
+                ]
+            )
+            for site, h in seen.items()
+        }
+
     def _tokens(self, index: Sequence[int], log_probs: Tensor) -> Tensor:
         """Response tokens ``[predicted tokens, 1]``; after a bare prompt, the base's best one."""
         reference, tokens, place = self.reference, [], 0
@@ -234,20 +271,6 @@ class Meter:
             tokens += answer or [int(log_probs[place].argmax())]
             place += self._count(i)
         return torch.tensor(tokens, device=log_probs.device).unsqueeze(-1)
-
-    @contextmanager
-    def _tap(self) -> Iterator[list[Any]]:
-        """Keep the output of the block at the cut."""
-        held: list[Any] = []
-        if self._cut < 0:
-            yield held
-            return
-        block = self.backend.model.layout.blocks[self._cut].module
-        handle = block.register_forward_hook(lambda _, args, output: held.append(output))
-        try:
-            yield held
-        finally:
-            handle.remove()
 
     @contextmanager
     def _replay(self, held: Any, start: int) -> Iterator[None]:
@@ -276,6 +299,7 @@ class _Measured(NamedTuple):
     held: Any
     past: list[tuple[Tensor, Tensor]]
     prefix: int
+    contexts: dict[Site, Tensor]
 
     def cache_at(self, start: int) -> DynamicCache | None:
         """A fresh cache of the columns before ``start``: every pass writes to its own."""

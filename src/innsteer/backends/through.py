@@ -7,7 +7,7 @@ those blocks for the steered tokens alone: a single one for a choice answered in
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,13 +18,13 @@ from transformers import DynamicCache
 from innsteer import __version__
 from innsteer.activations import Activations, Rows
 from innsteer.backends.base import Progress, silent
-from innsteer.backends.engine import Engine, cut_of, replay
+from innsteer.backends.engine import Engine, context_of, cut_of, replay, tap, watch
 from innsteer.backends.meter import Reference
 from innsteer.contrast import Contrast, Item
 from innsteer.errors import InputError
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
-from innsteer.site import WINDOW, Site
+from innsteer.site import Site
 from innsteer.steerer import Answers, Interventions
 
 TOKENS = 512
@@ -336,11 +336,10 @@ class Through:
         self, part: Sequence[int], interventions: Interventions | None, said: bool
     ) -> dict[Site, tuple[Tensor, Tensor]]:
         """Rows and gradients ``[items, d]`` of some items at every site."""
-        seen: dict[Site, Tensor] = {}
         # A row for each item, or items that ask the same would have the sum of their gradients.
         place = {pair: row for row, pair in enumerate((i, s) for i in part for s in self._own(i))}
         numbers = [number for _, number in place]
-        with torch.enable_grad(), self._watch(seen):
+        with torch.enable_grad(), watch(self._model.layout, self.sites) as seen:
             coef = torch.ones(len(numbers), len(self.behaviours))
             logits = self._run(numbers, interventions, coef, leaf=True)
             reads = [
@@ -366,9 +365,8 @@ class Through:
         numbers = [*self._bare(), *self._restated()]
         found: dict[Site, dict[int, Tensor]] = {site: {} for site in self.sites}
         for part in self._parts(numbers):
-            seen: dict[Site, Tensor] = {}
             coef = torch.ones(len(part), len(self.behaviours))
-            with torch.no_grad(), self._watch(seen):
+            with torch.no_grad(), watch(self._model.layout, self.sites) as seen:
                 self._run([numbers[place] for place in part], interventions, coef)
             for site, h in seen.items():
                 found[site] |= {place: h[n, :1].float().cpu() for n, place in enumerate(part)}
@@ -414,25 +412,6 @@ class Through:
                 for number in numbers
             ]
         return records
-
-    @contextmanager
-    def _watch(self, seen: dict[Site, Tensor]) -> Iterator[None]:
-        """Keep every site's stream as it comes, before its own edit."""
-        with ExitStack() as stack:
-            for site in self.sites:
-                module, port = self._model.layout.at(site)
-
-                def keep(_: Any, args: Any, output: Any = None, site: Site = site) -> None:
-                    value = args[0] if output is None else output
-                    seen[site] = value[0] if isinstance(value, tuple) else value
-
-                hook = (
-                    module.register_forward_pre_hook(keep)
-                    if port == "input"
-                    else module.register_forward_hook(keep)
-                )
-                stack.callback(hook.remove)
-            yield
 
     # --- sequences -------------------------------------------------------------------------------
 
@@ -504,7 +483,7 @@ class Through:
             if self._shared:
                 ids = torch.tensor([self._sequences[0].ids[: self._shared]])
                 common = DynamicCache()
-                with self._watch(shared):
+                with watch(self._model.layout, self.sites) as shared:
                     self._base_model(ids.to(self._model.device), torch.ones_like(ids), common)
                 self._common = self._upper(common)
             left = [n for n in range(len(self._sequences)) if n not in self._hidden]
@@ -520,9 +499,8 @@ class Through:
                     for number, layer in enumerate(layers):
                         size = (len(index), -1, -1, -1)
                         cache.update(layer.keys.expand(size), layer.values.expand(size), number)
-                held: list[Any] = []
-                seen: dict[Site, Tensor] = {}
-                with self._tap(held), self._watch(seen):
+                cut = self._model.layout.blocks[self._cut]
+                with tap(cut) as held, watch(self._model.layout, self.sites) as seen:
                     self._base_model(ids, mask, cache)
                 upper = self._upper(cache)
                 hidden = held[0][0] if isinstance(held[0], tuple) else held[0]
@@ -533,7 +511,9 @@ class Through:
                     self._hidden[i] = hidden[row, own].clone()
                     self._past[i] = upper[:, :, row, :, self._shared : start].clone()
                     self._before[i] = {
-                        site: _mean_before(shared.get(site), h[row], start + 1)
+                        site: context_of(
+                            torch.cat([*(shared[site] if shared else ()), h[row]]), start + 1
+                        )
                         for site, h in seen.items()
                     }
 
@@ -556,16 +536,6 @@ class Through:
             return first.new_zeros(2, 0, *first.shape)
         keys, values = ([getattr(layer, name) for layer in layers] for name in ("keys", "values"))
         return torch.stack([torch.stack(keys), torch.stack(values)])
-
-    @contextmanager
-    def _tap(self, held: list[Any]) -> Iterator[None]:
-        """Keep the output of the block at the cut."""
-        block = self._model.layout.blocks[self._cut].module
-        handle = block.register_forward_hook(lambda _, args, output: held.append(output))
-        try:
-            yield
-        finally:
-            handle.remove()
 
     # --- one pass --------------------------------------------------------------------------------
 
@@ -665,13 +635,3 @@ class Through:
                 base = logits.float().log_softmax(-1)
             for row, number in enumerate(chosen):
                 self._base[number] = base[row, : self._length(number)].clone()
-
-
-def _mean_before(shared: Tensor | None, own: Tensor, prompt: int) -> Tensor:
-    """A prompt's context, from the rows of its shared part ``[1, time, d]`` and of its own.
-
-    NaN where the prompt is too short: only a map that reads it must complain.
-    """
-    rows = own if shared is None else torch.cat([shared[0], own])
-    start, stop = max(prompt - 1 - WINDOW, 1), prompt - 1
-    return rows[start:stop].float().mean(0)
