@@ -27,6 +27,7 @@ def home(tmp_path_factory):
         tiny.tiny_tokenizer().save_pretrained(home / name)
     lines = (json.dumps(row) for row in rows())
     (home / "mine.jsonl").write_text("\n".join(lines))
+    (home / "yours.jsonl").write_text((home / "mine.jsonl").read_text())
     return home
 
 
@@ -97,7 +98,7 @@ def test_record_fit_tune_generate_eval_and_inspect_follow_each_other(run, home):
     assert words[:3] == ["tune", "mine", "mine.jsonl"]
     code, out, err = run(*words, "--preview")
     assert code == 0, err
-    assert "<- budget" in out and "spends 0.0953 nats per token" in out
+    assert "<- budget" in out and "of 0.0953 nats per token" in out
     words = following(out)
     assert words[0] == "eval"
     code, out, err = run(*words, "--preview", "--instruction", "Be kind.")
@@ -111,6 +112,39 @@ def test_record_fit_tune_generate_eval_and_inspect_follow_each_other(run, home):
     assert code == 0, err
     assert "every file matches its seal" in out
     assert following(out)[0] == "generate"
+
+
+def test_behaviours_are_fitted_added_tuned_and_mixed(run, home):
+    """Through the model, because only a shear takes another behaviour."""
+    asked = 'Do you say this?\n"{} {}"\nYes or No.'
+    for name, verb in (("likes", "likes"), ("fears", "fears"), ("owns", "has")):
+        lines = (
+            {
+                "question": asked.format(" ".join(f"{thing}{i}" for i in range(15)), verb),
+                "answer_matching_behavior": " Yes" if n % 2 else " No",
+                "answer_not_matching_behavior": " No" if n % 2 else " Yes",
+                "split": ("train", "train", "validation", "test")[n // 2 % 4],
+            }
+            for n, thing in enumerate("Tea Rain Salt Dusk Iron Wool Jazz Rope".split())
+        )
+        (home / f"{name}.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    how = ("--set", "objective=target", "--set", "polish=0", "--layers", "1", "-m", "model")
+    code, out, err = run("fit", "likes.jsonl", "fears.jsonl", "-o", "both", *how)
+    assert code == 0 and following(out)[:3] == ["tune", "both", "likes.jsonl"], err
+    code, out, err = run("extend", "both", "owns.jsonl", "-o", "three")
+    assert code == 0 and "added owns" in out, err
+    assert following(out)[:3] == ["tune", "three", "owns.jsonl"]
+    assert Steering.load(home / "both").behaviours == ("likes", "fears")
+    assert run("extend", "both", "owns.jsonl")[0] == 0
+    assert Steering.load(home / "both").identity == Steering.load(home / "three").identity
+    words = ("interference", "both", "likes.jsonl", "owns.jsonl", "-s", "likes=1,owns=-2")
+    code, out, err = run(*words)
+    assert code == 0 and "effect kept" in out and " 1. likes" in out, err
+    assert "likes=1,owns=-2" in following(out)
+    found = json.loads(run(*words, "--json")[1])
+    assert found["strengths"] == [1.0, -2.0] and len(found["alone"]) == 2
+    code, out, err = run("generate", "both", "Hi", "-n", "2", "-s", "likes=1,owns=-2")
+    assert code == 0 and "strength likes 1, owns -2, identity" in out, err
 
 
 def test_of_several_layers_fit_keeps_one_and_says_which(run, home):
@@ -211,7 +245,7 @@ def test_prompts_come_from_the_standard_input_too(run, fitted, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello?\n\nWho?\n"))
     code, out, _ = run("generate", fitted, "-m", "model", "-n", "2", "-s", "-1.5", "--json")
     found = json.loads(out)
-    assert code == 0 and found["strength"] == -1.5
+    assert code == 0 and found["strengths"] == {"mine": -1.5}
     assert [answer["prompt"] for answer in found["answers"]] == ["Hello?", "Who?"]
 
 
@@ -251,7 +285,7 @@ def refused(found, code, *said):
 BAD = {
     "no such option": (["fit", "--nope"], "No such option: --nope"),
     "no such verb": (["fti"], "No such command 'fti'"),
-    "a bogus verb": (["bogus"], "The verbs: record, fit, tune, generate, eval, inspect"),
+    "a bogus verb": (["bogus"], "record, fit, extend, tune, generate, eval, interference, inspect"),
     "no argument": (["fit", "--out", "x"], "Missing argument"),
     "no out": (["fit", "mine.jsonl"], "--out"),
     "not a number": (["tune", "tuned", "mine.jsonl", "--budget", "x"], "--budget"),
@@ -302,6 +336,22 @@ BAD = {
     "steering": (["inspect", "gone"], "does not exist"),
     "strength": (["generate", "tuned", "Hi", "-s", "much"], "strength 'much'"),
     "untuned strength": (["generate", "raw", "Hi", "-s", "budget"], "was not tuned"),
+    "mix": (["generate", "tuned", "Hi", "-s", "mine="], "one=1,two=budget"),
+    "mixed twice": (["generate", "tuned", "Hi", "-s", "mine=1,mine=2"], "each once"),
+    "mix of another": (["generate", "tuned", "Hi", "-s", "yours=1"], "behaviour 'yours'"),
+    "several from a recording": (
+        ["fit", "mine.jsonl", "other.jsonl", "-o", "x", "--rows", "rows"],
+        "2 behaviours from a recording",
+    ),
+    "several at several layers": (
+        ["fit", "mine.jsonl", "other.jsonl", "-o", "x", "--layers", "1,2"],
+        "2 behaviours at several layers",
+    ),
+    "interference of one": (["interference", "tuned", "mine.jsonl", "-m", "model"], "two or more"),
+    "not to be extended": (
+        ["extend", "tuned", "yours.jsonl", "-m", "model"],
+        "another behaviour for a map of",
+    ),
     "budget": (["tune", "tuned", "mine.jsonl", "-m", "model", "--budget", "-1"], "budget -1.0"),
     "untuned": (
         ["eval", "raw", "-d", "mine.jsonl", "-o", "x", "-m", "model", "--preview"],

@@ -91,6 +91,16 @@ def test_an_edit_has_a_column_per_behaviour():
     assert both.edit(3).coef.tolist() == [3.0, 0.0]
     assert both.edit(3, behaviour="two").coef.tolist() == [0.0, 3.0]
     assert both.edit([1, "2"], behaviour="two").coef.tolist() == [[0.0, 1.0], [0.0, 2.0]]
+    assert both.of("two").edit(3).coef.tolist() == [0.0, 3.0]
+    tuned = both.tuned({"two": CURVE})
+    assert tuned.edit({"two": "budget", "one": -1}).coef.tolist() == [-1.0, 2.0]
+    assert tuned.edit({"one": 0.5}).coef.tolist() == [0.5, 0.0]
+    assert tuned.curve is None and tuned.of("two").curve is CURVE
+    for wrong in ({}, {"three": 1}, {"one": "budget"}):
+        with pytest.raises(InputError):
+            tuned.edit(wrong)
+    with pytest.raises(InputError, match="no other behaviour beside"):
+        tuned.edit({"one": 1}, behaviour="two")
     mix = torch.tensor([[1.0, -1.0]], dtype=torch.float64)
     assert torch.equal(both.edit(mix).coef, mix.float())
     for wrong in (torch.ones(2, 3), torch.tensor(1.0), [], [float("nan")], object()):

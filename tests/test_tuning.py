@@ -17,6 +17,7 @@ from innsteer.errors import (
     InputError,
 )
 from innsteer.interventions import Shift
+from innsteer.metrics import get as get_metric
 from innsteer.site import Site
 from innsteer.steerer import Interventions, get
 from innsteer.steering import Steering
@@ -53,15 +54,17 @@ def meter(model):
 
 @pytest.mark.parametrize("budget", [0.002, 0.02, BUDGET, 0.5])
 def test_the_search_spends_the_budget_to_three_percent(meter, fitted, budget):
-    strength, _ = tuning._search({"neutral_cost": meter}, fitted, budget, silent)
+    strength, _ = tuning._search({"neutral_cost": meter}, fitted.edit, budget, silent)
     assert (
-        0.97 * budget <= tuning._worst({"neutral_cost": meter}, fitted, strength, "value") <= budget
+        0.97 * budget
+        <= tuning._worst({"neutral_cost": meter}, fitted.edit, strength, "value")
+        <= budget
     )
 
 
 def test_a_larger_budget_gives_a_larger_strength(meter, fitted):
     found = [
-        tuning._search({"neutral_cost": meter}, fitted, budget, silent)
+        tuning._search({"neutral_cost": meter}, fitted.edit, budget, silent)
         for budget in (0.01, 0.05, 0.2)
     ]
     assert found == sorted(found) and found[0] < found[-1]
@@ -120,25 +123,55 @@ def test_a_map_that_does_nothing_has_no_strength(model):
         tuning.tune(model, none, OPEN, preview=True)
 
 
-def test_what_costs_nothing_elsewhere_is_tuned_by_its_control(model, fitted, monkeypatch):
-    gains = {0.5: 0.6, 1.0: 0.896, 2.0: 0.9, 4.0: 0.7}
+class Effect:
+    """A meter of a made-up effect: a choice's answer has this probability at a strength."""
 
-    class Gain:
-        def __init__(self, value):
-            self.value = value
+    def __init__(self, monkeypatch, effect):
+        self.asked = []
+        monkeypatch.setattr(tuning, "_said", lambda found, _: found)
+        self.effect = effect
 
-    asked = []
+    def __call__(self, edits, displacement=None):
+        strength = float(edits[0].coef.max())
+        if displacement is not None:
+            self.asked.append(strength)
+            displacement.append(strength)
+        return self.effect(strength)
 
-    def scored(edits, displacement):
-        asked.append(float(edits[0].coef.max()))
-        displacement.append(1.0)
-        return asked[-1]
 
-    monkeypatch.setattr(tuning, "control", lambda found, _: found)
-    scorer = type("Scorer", (), {"score": staticmethod(lambda found: Gain(gains[found]))})
-    monkeypatch.setattr(tuning, "metric", lambda _: scorer)
-    assert tuning._cheapest(scored, fitted, OPEN, 1e4, 0.0, BUDGET) == 1.0
-    assert asked == list(gains)
+def saturating(strength):
+    return 0.4 + 0.5 * math.tanh(3 * strength)
+
+
+@pytest.mark.parametrize(
+    ("effect", "limit", "spent", "wanted", "asked"),
+    [
+        (saturating, 1e4, 0.0, 1.0, [0.5, 1.0, 2.0, 4.0]),
+        (saturating, 7.2, BUDGET, 1.0, [0.5, 1.0, 2.0, 4.0, 7.2]),
+        (saturating, 1.4, BUDGET, 1.4, [0.5, 1.4]),
+        (saturating, 0.6, BUDGET, 0.6, []),
+        (lambda s: 0.4 + 0.01 * s, 7.2, BUDGET, 7.2, [0.5, 1.0, 2.0, 4.0, 7.2]),
+        (lambda s: 0.4 - 0.01 * s, 7.2, BUDGET, 7.2, [0.5, 1.0, 2.0, 4.0, 7.2]),
+    ],
+    ids=["costs nothing", "late cost", "near the limit", "below all", "linear", "the wrong way"],
+)
+def test_strength_is_the_smallest_with_the_effect(
+    fitted, monkeypatch, effect, limit, spent, wanted, asked
+):
+    scored = Effect(monkeypatch, effect)
+    assert tuning._enough(scored, fitted.edit, OPEN, limit, spent, BUDGET) == wanted
+    assert scored.asked == pytest.approx(asked)
+
+
+def test_the_effect_of_choices_is_what_is_said_and_of_pairs_the_preference(model, fitted):
+    backend = HF(model)
+    edit = fitted.edit(2.0)
+    for items, name in ((CHOICE, "answer_mass"), (OPEN, "preference")):
+        held = items.part("validation")
+        found = tuning.control_meter(backend, held, [Site(1)])([edit])
+        value = tuning._said(found, held)
+        whole = get_metric(name).score(tuning.control(found, held)).value
+        assert 0 < value < whole if items is CHOICE else value == whole
 
 
 def test_a_check_on_too_few_prompts_fails_before_the_search(model, fitted, monkeypatch):
@@ -150,8 +183,8 @@ def test_a_check_on_too_few_prompts_fails_before_the_search(model, fitted, monke
 def test_the_check_shrinks_strength_until_the_interval_lies_within_the_budget(meter, fitted):
     from innsteer.metrics import get as metric
 
-    start, _ = tuning._search({"neutral_cost": meter}, fitted, 0.05, silent)
-    strength = tuning._check({"neutral_cost": meter}, fitted, start, 0.05, silent)
+    start, _ = tuning._search({"neutral_cost": meter}, fitted.edit, 0.05, silent)
+    strength = tuning._check({"neutral_cost": meter}, fitted.edit, start, 0.05, silent)
     assert 0 < strength < start
     score = metric("neutral_cost").score(meter([fitted.edit(strength)]), level=0.9)
     assert score.high <= 0.05
@@ -181,7 +214,9 @@ def test_tune_measures_a_curve_and_says_that_it_is_a_preview(model, fitted):
     assert plain.nats < curve.doses[3].nats < curve.doses[4].nats
     assert all(dose.low <= dose.nats <= dose.high for dose in curve.doses)
     assert curve.doses[3].displacement == pytest.approx(curve.doses[4].displacement / 2, rel=1e-4)
-    assert tuned.resolve() == s and tuned.provenance["tuned_control"] == "preference"
+    assert (
+        tuned.resolve() == s and tuned.provenance["tuning"]["formal-ish"]["control"] == "preference"
+    )
     assert tuned.identity == fitted.identity
     assert fitted.calibration == {}
 
@@ -195,7 +230,7 @@ def test_a_checked_strength_is_no_preview(model, fitted, monkeypatch):
     )
     curve = tuned.calibration["formal-ish"]
     assert not curve.preview and curve.tokens >= 200
-    assert tuned.provenance["tuned_control"] == "alignment"
+    assert tuned.provenance["tuning"]["formal-ish"]["control"] == "alignment"
 
 
 def test_the_check_ends_where_the_cost_saturates_at_a_small_strength(monkeypatch):
@@ -222,7 +257,7 @@ def test_the_curve_is_measured_on_the_tokens_of_the_check(model, fitted, monkeyp
     assert at_budget.strength == curve.strength and curve.tokens == whole.reference.tokens
     costs = {"neutral_cost": whole}
     for dose in curve.doses:
-        cost = tuning._worst(costs, fitted, dose.strength, "value")
+        cost = tuning._worst(costs, fitted.edit, dose.strength, "value")
         assert dose.nats == pytest.approx(cost, abs=1e-7)
     assert at_budget.nats <= at_budget.high <= BUDGET
     assert curve.resolve("budget") == curve.resolve(f"{BUDGET}nat") == curve.strength
@@ -286,9 +321,9 @@ def test_the_choice_of_a_layer_follows_control_alone(model, monkeypatch, best):
 
     class Tuned:
         def __init__(self, value):
-            self.behaviours = ("b",)
+            self.behaviours = (OPEN.behaviour,)
             dose = type("Dose", (), {"control": value})
-            self.calibration = {"b": type("Curve", (), {"at_budget": dose})}
+            self.calibration = {OPEN.behaviour: type("Curve", (), {"at_budget": dose})}
 
     monkeypatch.setattr(tuning, "tune", lambda *args, **how: Tuned(control(*args, **how)))
     chosen = tuning.choose_layer(model, OPEN, "diffmean", [Site(0), Site(2)])
@@ -337,11 +372,11 @@ def test_joint_tuning_holds_both_halves_to_the_budget(model, fitted, monkeypatch
     sites = list(fitted.interventions)
     neutral = backend.meter(backend.reference(tuning.suites.neutral("validation"), None), sites)
     half = backend.meter(backend.reference(prompts, None), sites)
-    alone, _ = tuning._search({"neutral_cost": neutral}, fitted, 0.05, silent)
+    alone, _ = tuning._search({"neutral_cost": neutral}, fitted.edit, 0.05, silent)
     costs = {"neutral_cost": neutral, "in_format_cost": half}
-    both, _ = tuning._search(costs, fitted, 0.05, silent)
+    both, _ = tuning._search(costs, fitted.edit, 0.05, silent)
     worst = max(
-        tuning._worst({name: meter}, fitted, both, "value") for name, meter in costs.items()
+        tuning._worst({name: meter}, fitted.edit, both, "value") for name, meter in costs.items()
     )
     assert both <= alone and 0.97 * 0.05 <= worst <= 0.05
 

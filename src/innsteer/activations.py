@@ -156,6 +156,38 @@ class Activations:
         ]
         return cls({site: torch.cat([source, target])}, Rows.of(records), (behaviour,))
 
+    @classmethod
+    def together(cls, parts: Sequence["Activations"]) -> "Activations":
+        """The rows of several recordings, of other behaviours at the same sites, as one.
+
+        Raises:
+            InputError: a behaviour twice, other sites, read rules or models.
+        """
+        first, behaviours = parts[0], [name for part in parts for name in part.behaviours]
+        if len(set(behaviours)) < len(behaviours):
+            raise InputError(f"the behaviours {', '.join(behaviours)}", expected="each once")
+        kinds = {
+            (part.sites, part.read, json.dumps(part.provenance.get("fingerprint"), sort_keys=True))
+            for part in parts
+        }
+        if len(kinds) > 1:
+            raise InputError(
+                "recordings of other sites, read rules or models as one",
+                remedy="record all of them alike",
+            )
+        values, context = (
+            {
+                site: torch.cat([getattr(part, name)[site] for part in parts])
+                for site in first.sites
+                if all(getattr(part, name) for part in parts)
+            }
+            for name in ("values", "context")
+        )
+        table = Rows.of([record for part in parts for record in part.rows.records()])
+        hashes = dict(zip(behaviours, (p.provenance.get("contrast") for p in parts), strict=False))
+        known = {**first.provenance, "contrast": None, "contrasts": hashes}
+        return cls(values, table, tuple(behaviours), first.read, known, context)
+
     @property
     def sites(self) -> tuple[Site, ...]:
         """The recorded sites, lowest layer first."""

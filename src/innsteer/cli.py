@@ -34,10 +34,21 @@ out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highli
 
 MODEL = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, GGUF file, or smollm2.")]
 DATA = Annotated[str, typer.Argument(help="A built-in behaviour, or a .jsonl or .json file.")]
+DATAS = Annotated[
+    list[str], typer.Argument(help="Built-in behaviours, or .jsonl or .json files: one each.")
+]
 FOLDER = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
 STEERING = Annotated[Path, typer.Argument(help="A steering's folder.")]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 SEED = Annotated[int, typer.Option(help="Seed of every random choice.")]
+STRENGTH = Annotated[
+    str,
+    typer.Option(
+        "--strength",
+        "-s",
+        help="A number, budget, a cost like 0.05nat, or a mix: one=1,two=budget.",
+    ),
+]
 LAYERS = Annotated[
     str, typer.Option(help="Blocks, from 0: 19, 15,19,23 or 19.mlp; default: by method.")
 ]
@@ -83,7 +94,7 @@ def record(
 
 @app.command()
 def fit(
-    data: DATA,
+    data: DATAS,
     folder: FOLDER,
     method: Annotated[str, typer.Option(help="See: innsteer methods.")] = "innsteer",
     model: MODEL = "smollm2",
@@ -104,7 +115,7 @@ def fit(
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
-    """Fit a steering; of several layers, keep the one with the most control at the budget."""
+    """Fit a steering of one or more behaviours; of several layers, keep the best at the budget."""
     require_absent(folder)
     if method not in shelf.names():
         raise UnknownName("method", method, shelf.names())
@@ -120,19 +131,27 @@ def fit(
     sites, rule = _sites(layers), _read(read)
     if rows and read:
         raise InputError(f"--read {read} beside --rows", remedy="the rows were read already")
+    choosing = len(sites) > 1 and not together
+    if len(data) > 1 and (rows or choosing):
+        raise InputError(
+            f"{len(data)} behaviours " + ("from a recording" if rows else "at several layers"),
+            expected="data of one behaviour, or several recorded now and fitted at chosen layers",
+            remedy="leave out --rows, name one layer, or fit all layers with --together",
+        )
     with Bars(as_json) as progress:
-        contrast = Contrast.load(data)
+        contrasts = [Contrast.load(one) for one in data]
+        contrast = contrasts[0]
         recorded = Activations.load(rows) if rows else None
         if recorded is not None and sites:
             recorded = recorded.at(*sites)
         if recorded is not None:
-            _fitting(recorded, rows, contrast, data, together)
+            _fitting(recorded, rows, contrast, data[0], together)
         language_model = _load(model)
         if recorded is not None:
             steering = fitting.fit_rows(
                 language_model, steerer, recorded, where=place, seed=seed, progress=progress
             )
-        elif len(sites) > 1 and not together:
+        elif choosing:
             steering = tuning.choose_layer(
                 language_model,
                 contrast,
@@ -146,7 +165,7 @@ def fit(
         else:
             steering = fitting.fit(
                 language_model,
-                contrast,
+                contrasts,
                 steerer,
                 sites=sites,
                 **rule,
@@ -158,7 +177,38 @@ def fit(
         steering = replace(steering, provenance={**steering.provenance, "model": model})
         steering.save(folder)
     text = f"fitted {method} in {steering.provenance['fit_seconds']} s -> {folder}"
-    _done(as_json, _facts(steering, folder), text, _command("tune", folder, data, *_of(model)))
+    _done(as_json, _facts(steering, folder), text, _command("tune", folder, data[0], *_of(model)))
+
+
+@app.command()
+def extend(
+    steering: STEERING,
+    data: DATAS,
+    model: MODEL = "",
+    folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write; default: in place.")
+    ] = None,
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Add behaviours to a fitted steering; those that it has stay as they are."""
+    from innsteer import fitting
+    from innsteer.contrast import Contrast
+    from innsteer.steering import Steering
+
+    if folder:
+        require_absent(folder)
+    fitted = Steering.load(steering)
+    with Bars(as_json) as progress:
+        contrasts = [Contrast.load(one) for one in data]
+        language_model = _base(fitted, model)
+        grown = fitting.extend(language_model, fitted, contrasts, seed=seed, progress=progress)
+        place = folder or steering
+        grown.save(place, replace=folder is None)
+    names = ", ".join(one.behaviour for one in contrasts)
+    text = f"added {names} in {grown.provenance['extend_seconds']} s -> {place}"
+    following = _command("tune", place, data[0], *_of(model or _source(grown)))
+    _done(as_json, _facts(grown, place), text, following)
 
 
 @app.command()
@@ -196,8 +246,9 @@ def tune(
         tuned.save(steering, replace=True)
     if not as_json:
         out.print(_dose_table(tuned))
-    curve = tuned.calibration[tuned.behaviours[0]]
-    text = f"strength {curve.strength:.4g} spends {budget} nats per token"
+    curve = tuned.calibration[contrast.behaviour]
+    spent = curve.at_budget.nats
+    text = f"strength {curve.strength:.4g} costs {spent:.3g} of {budget} nats per token"
     following = _command(
         "eval", steering, "--data", data, *_of(model or _source(tuned)), "--out", "report"
     )
@@ -209,9 +260,7 @@ def generate(
     steering: STEERING,
     prompt: Annotated[list[str] | None, typer.Argument(help="Prompts; - or none: stdin.")] = None,
     model: MODEL = "",
-    strength: Annotated[
-        str, typer.Option("--strength", "-s", help="A number, budget, or a cost like 0.05nat.")
-    ] = "",
+    strength: STRENGTH = "",
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="New tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy.")] = 0.0,
     seed: SEED = 0,
@@ -225,7 +274,7 @@ def generate(
     from innsteer.steering import Steering
 
     fitted = Steering.load(steering)
-    edit = fitted.edit(strength or None)
+    edit = fitted.edit(_strength(strength))
     texts = [text for text in prompt or ["-"] if text != "-"]
     if not prompt or "-" in prompt:
         texts += [line.strip() for line in sys.stdin if line.strip()]
@@ -248,11 +297,15 @@ def generate(
             out.print(f"[bold]{_escape(text)}[/bold]")
             out.print(f"  [dim]plain  [/dim] {_escape(p.text)}")
             out.print(f"  [dim]steered[/dim] {_escape(s.text)}\n")
-    text = f"strength {fitted.resolve(strength or None):.4g}, identity {fitted.identity[:12]}"
+    strengths = dict(zip(fitted.behaviours, edit.coef.tolist(), strict=True))
+    used = {name: value for name, value in strengths.items() if value} or strengths
+    told = ", ".join(f"{name} {value:.4g}" for name, value in used.items())
+    text = f"strength {told if len(used) > 1 else told.rpartition(' ')[2]}"
+    text += f", identity {fitted.identity[:12]}"
     _done(
         as_json,
         {
-            "strength": fitted.resolve(strength or None),
+            "strengths": strengths,
             "identity": fitted.identity,
             "answers": found,
         },
@@ -308,6 +361,40 @@ def evaluate(
         {"folder": str(folder)} | report.to_json(),
         f"report in {folder / 'report.html'}",
         _command("generate", steering[0], "Hello", *_of(model or _source(first))),
+    )
+
+
+@app.command()
+def interference(
+    steering: STEERING,
+    data: DATAS,
+    model: MODEL = "",
+    strength: STRENGTH = "",
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Show what the behaviours of a steering do to each other, alone and all together."""
+    from innsteer.contrast import Contrast
+    from innsteer.interference import interference as measure
+    from innsteer.steering import Steering
+
+    fitted = Steering.load(steering)
+    chosen = _strength(strength)
+    with Bars(as_json) as progress:
+        contrasts = [Contrast.load(one) for one in data]
+        if not isinstance(chosen, dict):
+            chosen = {one.behaviour: chosen for one in contrasts} if chosen else {}
+        language_model = _base(fitted, model)
+        found = measure(
+            language_model, fitted, contrasts, strengths=chosen, seed=seed, progress=progress
+        )
+    if as_json:
+        _print_json(found.to_json())
+        return
+    out.print(_escape(found.text()))
+    mix = ",".join(f"{name}={s:.4g}" for name, s in found.mix.items())
+    _next(
+        _command("generate", steering, "Hello", "--strength", mix, *_of(model or _source(fitted)))
     )
 
 
@@ -481,6 +568,21 @@ def _check(steering: Any, model: Any) -> None:
         ) from error
 
 
+def _strength(text: str) -> Any:
+    """One strength (None: the default), or a mix by behaviour from one=1,two=budget."""
+    if "=" not in text:
+        return text or None
+    found = {}
+    for part in text.split(","):
+        name, mark, value = part.rpartition("=")
+        if not mark or not name.strip() or not value.strip() or name.strip() in found:
+            raise InputError(
+                f"--strength {text!r}", expected="behaviour=strength, each once: one=1,two=budget"
+            )
+        found[name.strip()] = value.strip()
+    return found
+
+
 def _fitting(acts: Any, rows: object, contrast: Any, data: str, together: bool) -> None:
     """Refuse rows that are not of this data, or of several layers without a word about them."""
     used = tuple(item for item in contrast.items if item.split in ("train", "validation"))
@@ -579,12 +681,15 @@ def _facts(steering: Any, folder: Path) -> dict[str, Any]:
 
 def _dose_table(steering: Any) -> Table:
     """Dose and response."""
-    table = Table("strength", "cost (nats/token)", "90 % interval", "displacement", "control")
-    for curve in steering.calibration.values():
+    columns = ("strength", "cost (nats/token)", "90 % interval", "displacement", "control")
+    several = len(steering.behaviours) > 1
+    table = Table(*(("behaviour", *columns) if several else columns))
+    for name, curve in steering.calibration.items():
         for dose in curve.doses:
             mark = " <- budget" if abs(dose.strength - curve.strength) < 1e-9 else ""
             gain = "" if dose.control is None else f"{dose.control:.3f}"
             table.add_row(
+                *((_escape(name),) if several else ()),
                 f"{dose.strength:.4g}{mark}",
                 f"{dose.nats:.4f}",
                 f"{dose.low:.4f} to {dose.high:.4f}",

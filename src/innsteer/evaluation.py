@@ -93,8 +93,13 @@ def compare(
         InputError: a steering that was not tuned: without a budget nothing can be compared.
         LeakError: a steering was fitted on items of the suite.
     """
+    # Of several behaviours in one map the suite's own is meant, where it has that.
+    steerings = {
+        name: steering.of(suite.behaviour) if suite.behaviour in steering.behaviours else steering
+        for name, steering in steerings.items()
+    }
     for name, steering in steerings.items():
-        if not steering.calibration:
+        if steering.curve is None:
             raise InputError(f"{name!r} was not tuned", remedy="tune it to a budget first")
         if suite.items is not None:
             check_unseen(steering, suite.items)
@@ -185,7 +190,8 @@ def evaluate(
     completions += run.items(arms, sites)
     completions += run.plain(arms)
     figures = [*_figures(arms, suite, completions), *run.ranges(steerings)]
-    unchecked = any(c.preview for s in steerings.values() for c in s.calibration.values())
+    curves = [steering.curve for steering in steerings.values() if steering.curve]
+    unchecked = any(curve.preview for curve in curves)
     measured = [c.tokens for c in completions if c.kind == "neutral" and c.arm == arms[0].name]
     # Fewer than the measure asks for (100 prompts, 2,000 tokens) is a foretaste.
     preview = sizes.preview or unchecked or len(measured) < 100 or sum(measured) < 2000
@@ -206,9 +212,7 @@ def evaluate(
         title=f"{suite.behaviour} on {model.name}",
         behaviour=suite.behaviour,
         control=suite.control,
-        budget=max(
-            (c.budget for s in steerings.values() for c in s.calibration.values()), default=0
-        ),
+        budget=max((curve.budget for curve in curves), default=0),
         preview=preview,
         context=context,
         arms=tuple(arm.name for arm in arms),
@@ -370,7 +374,7 @@ class _Run:
         if items is None:
             return found
         for name, steering in steerings.items():
-            curve = next(iter(steering.calibration.values()), None)
+            curve = steering.curve
             if curve is None or curve.doses[0].strength >= 0:
                 continue
             meter = control_meter(self.backend, items, list(steering.interventions))
@@ -409,6 +413,8 @@ class _Run:
         found = []
         for name, steering in steerings.items():
             site = next(iter(steering.interventions))
+            if steering.interventions[site].contextual:
+                continue  # rows alone do not say where it moves them; the notes say so
             acts = self.backend.record(items, [site], read="mean")
             found += _clouds(name, steering, acts, site)
         return found
@@ -506,7 +512,7 @@ def _doses(steerings: Mapping[str, Steering]) -> list[DosePoint]:
             abs(dose.strength - curve.strength) < 1e-9,
         )
         for name, steering in steerings.items()
-        for curve in steering.calibration.values()
+        if (curve := steering.curve)
         for dose in curve.doses
         if dose.control is not None
     ]
@@ -563,7 +569,11 @@ def _notes(
         )
     elif arms and arms[0].name == UNSTEERED:
         notes.append("No instruction was given, so the prompt-only arm is missing.")
-    budgets = {n: c.budget for n, s in steerings.items() for c in s.calibration.values()}
+    if told := [name for name, steering in steerings.items() if steering.interventions.contextual]:
+        notes.append(f"No scatter of {', '.join(told)}: it moves a row by what its prompt says.")
+    budgets = {
+        name: steering.curve.budget for name, steering in steerings.items() if steering.curve
+    }
     for figure in figures:
         budget = budgets.get(figure.arm)
         if figure.metric == "neutral_cost" and budget and figure.value > 1.1 * budget:

@@ -15,7 +15,7 @@ from innsteer.backends.hf import HF
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError, LeakError, MismatchError
-from innsteer.files import read_json, write_json
+from innsteer.files import canonical, read_json, write_json
 from innsteer.fingerprint import Fingerprint
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span, Where
@@ -24,7 +24,11 @@ from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
 
 ORIGIN = ("whole_contrast", "train_groups")
-"""What a recording of parts knows of its contrast: the hash, and digests of the fitted groups."""
+"""What a recording of parts knows of its contrast: the hash (of several by behaviour), and digests
+of the fitted groups."""
+
+Contrasts = Contrast | Sequence[Contrast]
+"""One behaviour's contrast, or one for each of several that shall share a map."""
 
 
 def default_site(model: LanguageModel) -> Site:
@@ -70,7 +74,7 @@ def record(
 
 def fit(
     model: LanguageModel,
-    contrast: Contrast,
+    contrast: Contrasts,
     method: str | Steerer = "innsteer",
     *,
     sites: Sequence[Site] = (),
@@ -86,7 +90,8 @@ def fit(
     """Record and fit in one call.
 
     Args:
-        contrast: its training part is fitted; a validation part serves early stopping.
+        contrast: its training part is fitted; a validation part serves early stopping. Several: one
+            map for all, a column of strengths for each behaviour.
         method: a name from ``innsteer.names()``, or a steerer.
         sites: default: one site two thirds up, half way for a fit through the model. folder: also
             write the recording there.
@@ -123,7 +128,7 @@ def fit(
 
 def through(
     model: LanguageModel | HF,
-    contrast: Contrast,
+    contrast: Contrasts,
     sites: Sequence[Site] = (),
     *,
     unmoved: Sequence[Prompt] | None = None,
@@ -139,26 +144,27 @@ def through(
             some of these statements as plain prompts, with the model's own answers.
     """
     backend = model if isinstance(model, HF) else HF(model)
-    items = tuple(item for item in contrast.items if item.split in ("train", "validation"))
-    if not any(item.split == "train" for item in items):
-        raise InputError(
-            f"contrast {contrast.behaviour!r} has no training items", expected="at least two"
-        )
-    bare = suites.in_format(contrast, "fit") if unmoved is None else tuple(unmoved)
+    contrasts = each(contrast)
+    parts = [_fitted_part(one) for one in contrasts]
+    bare = tuple(unmoved or ())
+    if unmoved is None:
+        asked = (prompt for one in contrasts for prompt in suites.in_format(one, "fit"))
+        # Behaviours of one wording share theirs.
+        bare = tuple({canonical(prompt.conversation): prompt for prompt in asked}.values())
     plain = suites.unmoved("fit", "{statement}")[::4]
     references = [
         *([backend.reference(bare, None)] if bare else []),
         backend.reference(plain, Sampling(12, 1.0), progress=progress),
     ]
     where = sites or (middle_site(backend.model),)
-    return Through(backend, [replace(contrast, items=items)], where, references, progress=progress)
+    return Through(backend, parts, where, references, progress=progress)
 
 
 def fit_run(
     model: LanguageModel,
     steerer: Steerer,
     run: Through,
-    contrast: Contrast,
+    contrast: Contrasts,
     *,
     folder: str | Path | None = None,
     where: Where = Where(),  # noqa: B008
@@ -180,13 +186,63 @@ def fit_run(
     fitted = steerer.fit_through(run, seed=seed)
     seconds = time.perf_counter() - started
     progress("fit", 1, 1)
-    groups = {_digest(item.group) for item in contrast.items if item.split == "train"}
-    origin = dict(zip(ORIGIN, (contrast.hash, sorted(groups)), strict=True))
     acts = run.rows()
-    acts = replace(acts, provenance={**acts.provenance, **origin})
+    acts = replace(acts, provenance={**acts.provenance, **_origin(contrast)})
     if folder is not None:
         acts.save(folder)
     return _fitted(model, steerer, fitted, acts, where, seed, seconds)
+
+
+def extend(
+    model: LanguageModel,
+    steering: Steering,
+    contrast: Contrasts,
+    *,
+    unmoved: Sequence[Prompt] | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+) -> Steering:
+    """Add behaviours to a fitted steering: one more row of parameters each, the others stay.
+
+    Args:
+        contrast: of behaviours that the steering does not have; as in ``fit``.
+
+    Returns:
+        A steering of all behaviours. The calibration of the old ones holds; tune the new ones.
+
+    Raises:
+        InputError: a method that cannot, or a behaviour that is there already.
+        MismatchError: a steering of another model.
+    """
+    steering.check(model)
+    contrasts = each(contrast)
+    if there := [one.behaviour for one in contrasts if one.behaviour in steering.behaviours]:
+        raise InputError(
+            f"behaviour {there[0]!r}, which this steering has already",
+            expected="another one",
+            remedy="load it with behaviour=..., or fit again",
+        )
+    sites = list(steering.interventions)
+    run = through(model, contrasts, sites, unmoved=unmoved, progress=progress)
+    progress("fit", 0, 1)
+    started = time.perf_counter()
+    grown = steering.steerer.extend_through(steering.interventions, run, seed=seed)
+    seconds = time.perf_counter() - started
+    progress("fit", 1, 1)
+    old, new = steering.provenance, _origin(contrasts)
+    groups = {*old.get("train_groups", ()), *new["train_groups"]}
+    added = {one.behaviour: one.hash for one in contrasts}
+    notes = {
+        "train_groups": sorted(groups),
+        "added": {**old.get("added", {}), **added},
+        "extend_seconds": round(seconds, 3),
+    }
+    return replace(
+        steering,
+        interventions=grown,
+        behaviours=(*steering.behaviours, *run.behaviours),
+        provenance={**old, **notes},
+    )
 
 
 def fit_rows(
@@ -250,7 +306,7 @@ def _fitted(
 
 def record_parts(
     model: LanguageModel,
-    contrast: Contrast,
+    contrast: Contrasts,
     sites: Sequence[Site] = (),
     *,
     read: Read | None = None,
@@ -263,20 +319,45 @@ def record_parts(
     The provenance keeps the whole contrast's hash and digests of the training groups, on which
     tuning and evaluation then refuse to measure (``check_unseen``).
     """
-    kept = [item for item in contrast.items if item.split in ("train", "validation")]
-    if not any(item.split == "train" for item in kept):
-        raise InputError(
-            f"contrast {contrast.behaviour!r} has no training items", expected="at least two"
-        )
-    part = replace(contrast, items=tuple(kept))
-    acts = record(model, part, sites, read=read, span=span, folder=folder, progress=progress)
-    groups = {_digest(item.group) for item in kept if item.split == "train"}
-    origin = dict(zip(ORIGIN, (contrast.hash, sorted(groups)), strict=True))
-    acts = replace(acts, provenance={**acts.provenance, **origin})
+    contrasts = each(contrast)
+    how: dict[str, Any] = {"read": read, "span": span, "progress": progress}
+    parts = [_fitted_part(one) for one in contrasts]
+    if len(parts) == 1:
+        acts = record(model, parts[0], sites, folder=folder, **how)
+    else:
+        acts = Activations.together([record(model, part, sites, **how) for part in parts])
+        if folder is not None:
+            acts.save(folder)
+    acts = replace(acts, provenance={**acts.provenance, **_origin(contrast)})
     if folder is not None:
         head = Path(folder) / "activations.json"
         write_json(head, read_json(head, "a finished recording") | {"provenance": acts.provenance})
     return acts
+
+
+def each(contrast: Contrasts) -> tuple[Contrast, ...]:
+    """The contrasts, where one stands for itself."""
+    return (contrast,) if isinstance(contrast, Contrast) else tuple(contrast)
+
+
+def _fitted_part(contrast: Contrast) -> Contrast:
+    """What a fit sees: the training part, and the validation part for early stopping."""
+    items = tuple(item for item in contrast.items if item.split in ("train", "validation"))
+    if not any(item.split == "train" for item in items):
+        raise InputError(
+            f"contrast {contrast.behaviour!r} has no training items", expected="at least two"
+        )
+    return replace(contrast, items=items)
+
+
+def _origin(contrast: Contrasts) -> dict[str, Any]:
+    """``ORIGIN`` of what is fitted."""
+    contrasts = each(contrast)
+    hashes: dict[str, str] = {one.behaviour: one.hash for one in contrasts}
+    items = (item for one in contrasts for item in one.items)
+    groups = {_digest(item.group) for item in items if item.split == "train"}
+    whole = contrasts[0].hash if len(contrasts) == 1 else hashes
+    return dict(zip(ORIGIN, (whole, sorted(groups)), strict=True))
 
 
 def check_unseen(steering: Steering, part: Contrast) -> None:

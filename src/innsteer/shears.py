@@ -71,13 +71,12 @@ class ShearFit:
         return bool(acts.context) and bool(told.any())
 
     @torch.no_grad()
-    def extend(self, fitted: Interventions, acts: Activations, *, seed: int = 0) -> Interventions:
-        """Add the behaviours of some target-seeking rows to fitted shears; the others stay.
+    def beside(self, fitted: Interventions, acts: Activations, *, seed: int = 0) -> Interventions:
+        """Shears of other behaviours on the flows of fitted ones, to be ``joined`` to these.
 
         The flow and its split are kept: a new behaviour writes what of its mean gradient lies in
         the written coordinates, and costs one row of latent parameters, (2 d + units d) floats.
-        It is neither scaled nor polished: tune it. ``apart`` tells new behaviours from each other
-        alone.
+        ``apart`` tells new behaviours from each other alone.
 
         Raises:
             InputError: a map that is no shear, or rows of other sites.
@@ -88,26 +87,16 @@ class ShearFit:
                 f"rows at {', '.join(map(str, acts.sites))}",
                 expected="rows at the sites of the fitted map: " + ", ".join(map(str, parts)),
             )
-        grown: dict[Site, Intervention] = {}
+        new: dict[Site, Intervention] = {}
         for site, part in parts.items():
-            old, flow = getattr(part, "step", None), getattr(part, "flow", None)
-            # Couplings between the two would bend what is read and written.
-            if not (isinstance(old, Shear) and isinstance(flow, Chain) and len(flow.parts) == 2):
-                raise InputError(
-                    f"site {site}: a map that is no plain shear",
-                    expected="a fitted shear without couplings",
-                    remedy="fit all behaviours together",
-                )
-            k, units, r = old.write.shape
-            step = Shear(r + old.read.shape[-1], r, k + len(acts.behaviours), units)
-            for name, tensor in old.named_parameters():
-                step.get_parameter(name)[:k] = tensor
-            grown[site] = wider = Latent(
-                copy.deepcopy(flow), step, copy.deepcopy(getattr(part, "reader", None))
-            )
+            old, flow = _plain(site, part)
+            units, r = old.write.shape[1:]
+            step = Shear(r + old.read.shape[-1], r, len(acts.behaviours), units)
+            reader = copy.deepcopy(getattr(part, "reader", None))
+            new[site] = own = Latent(copy.deepcopy(flow), step, reader)
             for n in range(len(acts.behaviours)):
-                self._set_row(wider, k + n, acts, site, n, seed)
-        return Interventions(grown).eval().requires_grad_(False)
+                self._set_row(own, n, acts, site, n, seed)
+        return Interventions(new).eval().requires_grad_(False)
 
     def _set_row(
         self, part: Latent, row: int, acts: Activations, site: Site, column: int, seed: int
@@ -168,6 +157,37 @@ class ShearFit:
             return
         weight, bias = decision(own, held, kappa=self.kappa, seed=seed)
         step.read[row, 0], step.read_bias[row, 0] = weight, bias
+
+
+def _plain(site: Site, part: Intervention) -> tuple[Shear, Chain]:
+    """Step and flow of a shear on its own; couplings between would bend what is read and written.
+
+    Raises:
+        InputError: another map.
+    """
+    step, flow = getattr(part, "step", None), getattr(part, "flow", None)
+    if not (isinstance(step, Shear) and isinstance(flow, Chain) and len(flow.parts) == 2):
+        raise InputError(
+            f"site {site}: a map that is no plain shear",
+            expected="a fitted shear without couplings",
+            remedy="fit all behaviours together",
+        )
+    return step, flow
+
+
+@torch.no_grad()
+def joined(fitted: Interventions, others: Interventions) -> Interventions:
+    """Shears on one flow as one map: the behaviours of the first, then those of the others."""
+    whole: dict[Site, Intervention] = {}
+    for site, part in fitted.items():
+        (one, flow), (two, _) = _plain(site, part), _plain(site, others[site])
+        k, units, r = one.write.shape
+        step = Shear(r + one.read.shape[-1], r, k + len(two.write), units)
+        for name, tensor in step.named_parameters():
+            tensor.copy_(torch.cat([one.get_parameter(name), two.get_parameter(name)]))
+        reader = copy.deepcopy(getattr(part, "reader", None))
+        whole[site] = Latent(copy.deepcopy(flow), step, reader)
+    return Interventions(whole).eval().requires_grad_(False)
 
 
 def _turned(flow: Flow, moves: Tensor) -> Tensor:

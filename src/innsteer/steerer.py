@@ -222,6 +222,18 @@ class Steerer(ABC):
         """Fit through the model; by default on its target-seeking rows."""
         return self.fit(run.rows(), seed=seed)
 
+    def extend_through(self, fitted: Interventions, run: Runner, *, seed: int = 0) -> Interventions:
+        """Add a run's behaviours to a fitted map, after its own, which stay as they are.
+
+        Raises:
+            InputError: a method that cannot.
+        """
+        raise InputError(
+            f"another behaviour for a map of {self.name!r}",
+            expected="a method that adds one to a fitted map, such as innsteer's shear",
+            remedy="fit all behaviours together: innsteer fit ONE TWO",
+        )
+
     def diagnose(self, acts: Activations, fitted: Interventions) -> dict[str, float]:
         """Figures on the fitted map's health, for reports; none unless the method has some."""
         return {}

@@ -37,6 +37,10 @@ HEADER, TENSORS, CARD, SEAL = (
 )
 
 
+Strength = float | str | None | Sequence[float] | Mapping[str, float | str] | Tensor
+"""One for all sequences, one number or row per sequence, or one of each behaviour in a mix."""
+
+
 @dataclass(frozen=True)
 class Steering:
     """A fitted steering, ready to be applied, composed, saved and served.
@@ -50,6 +54,7 @@ class Steering:
         calibration: behaviour -> its dose-response curve; empty until tuned.
         provenance: contrast hash, seed, versions, what fitting found.
         card: evaluation figures for the model card.
+        leading: the behaviour that is meant where none is named; "" = the first. Not saved.
     """
 
     steerer: Steerer
@@ -60,6 +65,7 @@ class Steering:
     calibration: Mapping[str, Calibration] = field(default_factory=dict)
     provenance: Mapping[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
+    leading: str = ""
 
     # --- applying --------------------------------------------------------------------------------
 
@@ -82,19 +88,42 @@ class Steering:
             )
         return parse_number(str(strength))
 
-    def edit(
-        self,
-        strength: float | str | None | Sequence[float] | Tensor = None,
-        *,
-        behaviour: str | None = None,
-    ) -> Edit:
+    @property
+    def curve(self) -> Calibration | None:
+        """The dose-response of the leading behaviour, once it is tuned."""
+        return self.calibration.get(self._behaviour(None))
+
+    def of(self, behaviour: str) -> "Steering":
+        """The same steering, with this behaviour meant where none is named.
+
+        Raises:
+            InputError: it has no such behaviour.
+        """
+        return replace(self, leading=self._behaviour(behaviour))
+
+    def edit(self, strength: Strength = None, *, behaviour: str | None = None) -> Edit:
         """The edit at a strength: one for all sequences, or one number (or row) per sequence.
 
         Args:
-            strength: a single strength moves ``behaviour`` (the first by default); a sequence
-                gives one number per sequence of the batch; a tensor ``[rows, k]`` mixes behaviours.
+            strength: a single strength moves ``behaviour`` (the leading one by default); a mapping
+                mixes behaviours, ``{"wealth": "budget", "power": 0.5}``; a sequence gives one
+                number per sequence of the batch; a tensor ``[rows, k]`` a mix per sequence.
+
+        Raises:
+            InputError: an unknown behaviour, a calibrated strength of one that was not tuned, or
+                coefficients of another width.
         """
         k = len(self.behaviours)
+        if isinstance(strength, Mapping):
+            if not strength or behaviour is not None:
+                raise InputError(
+                    f"strengths {dict(strength)} of behaviour {behaviour!r}",
+                    expected="a strength for at least one behaviour, and no other behaviour beside",
+                )
+            mix = torch.zeros(k)
+            for name, value in strength.items():
+                mix[self.behaviours.index(self._behaviour(name))] = self.resolve(value, name)
+            return Edit(self.interventions, mix, self.where)
         column = self.behaviours.index(self._behaviour(behaviour))
         if isinstance(strength, Tensor):
             if not strength.ndim or strength.shape[-1] != k:
@@ -115,7 +144,7 @@ class Steering:
     def on(
         self,
         model: LanguageModel | nn.Module,
-        strength: float | str | None | Sequence[float] | Tensor = None,
+        strength: Strength = None,
         *,
         behaviour: str | None = None,
         prompt_lengths: Sequence[int] | None = None,
@@ -128,8 +157,8 @@ class Steering:
             model: a LanguageModel, or a Hugging Face model. Only the first can be checked against
                 the tokenizer and template that the steering was fitted with; structure and weights
                 are checked either way.
-            strength: a number, one per sequence, "budget", "0.05nat"; default: the budget if
-                tuned, else 1.
+            strength: a number, one per sequence, "budget", "0.05nat", or a mix of behaviours;
+                default: the budget if tuned, else 1. See ``edit``.
             prompt_lengths, turns: see ``Attachment``.
             allow_mismatch: apply to a model that it was not fitted on.
 
@@ -165,7 +194,7 @@ class Steering:
             )
 
     def _behaviour(self, behaviour: str | None) -> str:
-        name = behaviour or self.behaviours[0]
+        name = behaviour or self.leading or self.behaviours[0]
         if name not in self.behaviours:
             raise InputError(f"behaviour {name!r}", expected="one of " + ", ".join(self.behaviours))
         return name

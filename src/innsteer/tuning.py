@@ -1,8 +1,9 @@
 """Dose-response, strength within a budget, and the choice of a layer."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from innsteer.calibration import BUDGET, Calibration, Dose
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError
 from innsteer.fitting import check_unseen, fit, fit_rows, record_parts
+from innsteer.interventions import Edit
 from innsteer.metrics import get as metric
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span, Where
@@ -26,6 +28,8 @@ STAGES = 8
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.5)
 Costs = Mapping[str, Meter]
 """Halves of the cost by their metric's name."""
+EditAt = Callable[[float], Edit]
+"""The edit of the behaviour that is tuned, at a strength."""
 
 
 # --- control and cost ----------------------------------------------------------------------------
@@ -91,14 +95,14 @@ def tune(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Steering:
-    """Find the strength that spends a cost budget, and the dose-response curve around it.
+    """Find the strength of most effect within a cost budget, and the dose-response curve around it.
 
     The neutral cost grows with the square of a small strength, so the search scales by the root of
     budget over cost until it lies within 3 % under the budget. The last check asks that the upper
     end of the cost's 90 % interval, on at least ``check_tokens`` response tokens of at least 100
-    neutral prompts of the validation part, stays within the budget; else strength shrinks. The
-    curve is measured on the tokens of that check, so that its nats are those of the budget; in a
-    preview, on the search's.
+    neutral prompts of the validation part, stays within the budget; else strength shrinks. Where
+    far less strength has the same effect, as behind a gate, that is taken. The curve is measured on
+    the tokens of the check, which are those of the budget (in a preview, of the search).
 
     Args:
         model: or a backend, which keeps the neutral continuations for the next steering.
@@ -129,7 +133,7 @@ def tune(
     held = held.subset(min(len(held), control_items), seed)
     backend = model if isinstance(model, HF) else HF(model)
     sites = list(steering.interventions)
-    behaviour = steering.behaviours[0]
+    edit: EditAt = partial(steering.edit, behaviour=contrast.behaviour)
     prompts = suites.neutral("validation")
     if preview:
         prompts = prompts[: max(search_tokens // 16, 8)]
@@ -143,28 +147,24 @@ def tune(
     meter = backend.meter(whole.part(search_tokens), sites)
     halves: Costs = {"in_format_cost": _in_format(backend, contrast, sites)} if joint else {}
     scored = control_meter(backend, held, sites)
-    strength, spent = _search({"neutral_cost": meter, **halves}, steering, budget, progress)
-    free = spent < 0.97 * budget
-    if free:
-        strength = _cheapest(scored, steering, held, strength, spent, budget)
+    limit, spent = _search({"neutral_cost": meter, **halves}, edit, budget, progress)
+    strength = _enough(scored, edit, held, limit, spent, budget)
+    by = "cost" if strength == limit else "control"
     if not preview:
         meter = backend.meter(whole, sites)
-        strength = _check({"neutral_cost": meter, **halves}, steering, strength, budget, progress)
+        strength = _check({"neutral_cost": meter, **halves}, edit, strength, budget, progress)
     signs = (1.0, -1.0) if both_ways else (1.0,)
     grid = [0.0, *(sign * fraction * strength for sign in signs for fraction in fractions)]
     doses = []
     for n, value in enumerate(grid):
         progress("dose-response", n, len(grid))
-        doses.append(_dose(meter, scored, steering, held, value))
+        doses.append(_dose(meter, scored, edit, held, value))
     progress("dose-response", len(grid), len(grid))
     ordered = tuple(sorted(doses, key=lambda dose: dose.strength))
     curve = Calibration(ordered, budget, strength, meter.reference.tokens, preview)
-    notes = {
-        "tuned_control": control_metric(held),
-        "tuned_costs": ["neutral_cost", *halves],
-        "tuned_by": "control" if free else "cost",
-    }
-    return steering.tuned({behaviour: curve}, **notes)
+    notes = {"control": control_metric(held), "costs": ["neutral_cost", *halves], "by": by}
+    every = {**steering.provenance.get("tuning", {}), contrast.behaviour: notes}
+    return steering.tuned({contrast.behaviour: curve}, tuning=every)
 
 
 def _in_format(backend: HF, contrast: Contrast, sites: Sequence[Site]) -> Meter:
@@ -179,9 +179,9 @@ def _in_format(backend: HF, contrast: Contrast, sites: Sequence[Site]) -> Meter:
     return backend.meter(backend.reference(prompts, None), sites)
 
 
-def _worst(costs: Costs, steering: Steering, strength: float, end: str) -> float:
+def _worst(costs: Costs, edit: EditAt, strength: float, end: str) -> float:
     """The worse half's cost at a strength: its ``value``, or the ``high`` end of its interval."""
-    edits = [steering.edit(strength)]
+    edits = [edit(strength)]
     scores = []
     for name, meter in costs.items():
         score = metric(name).score(meter(edits, kind=metric(name).kind), level=0.9)
@@ -190,9 +190,7 @@ def _worst(costs: Costs, steering: Steering, strength: float, end: str) -> float
     return float(max(scores))
 
 
-def _search(
-    costs: Costs, steering: Steering, budget: float, progress: Progress
-) -> tuple[float, float]:
+def _search(costs: Costs, edit: EditAt, budget: float, progress: Progress) -> tuple[float, float]:
     """The strength whose cost is within 3 % under the budget, by secant with a bracket; its cost.
 
     Where not even the largest strength spends the budget, that one.
@@ -201,7 +199,7 @@ def _search(
     strength, spent = 1.0, 0.0
     for step in range(20):
         progress("search", min(step, STAGES), STAGES)
-        cost = _worst(costs, steering, strength, "value")
+        cost = _worst(costs, edit, strength, "value")
         if cost <= budget:
             low, spent = strength, cost
         else:
@@ -229,36 +227,49 @@ def _unspent(budget: float, even: str) -> BudgetError:
     )
 
 
-def _cheapest(
-    scored: Meter, steering: Steering, items: Contrast, most: float, spent: float, budget: float
+def _enough(
+    scored: Meter, edit: EditAt, items: Contrast, limit: float, spent: float, budget: float
 ) -> float:
-    """The strength of a steering that spends next to nothing: a gate may leave all others alone.
+    """The smallest strength that has 98 % of the best effect within the budget; 1 = as fitted.
 
-    The smallest of a few that has 98 % of the best one's control; 1 is the fitted map.
+    A gate may leave all else alone, so that cost comes late and from a few prompts, long after the
+    items have all moved; a map without one has its effect where it spends the budget. The effect is
+    what an answer's probability gains: its share of both may be right while neither is ever said.
 
     Raises:
-        BudgetError: no strength moves the items either.
+        BudgetError: the budget is not spent, and no strength has an effect either.
     """
-    gains: dict[float, float] = {}
-    for strength in (0.5, 1.0, 2.0, 4.0):
+    tried = [strength for strength in (0.5, 1.0, 2.0, 4.0) if strength < limit / 1.5]
+    if spent >= 0.97 * budget:
+        tried.append(limit)
+    effects: dict[float, float] = {}
+    base = _said(scored([edit(0.0)]), items)
+    for strength in tried if len(tried) > 1 else ():
         moved: list[float] = []
-        found = scored([steering.edit(strength)], displacement=moved)
-        gain = metric(control_metric(items)).score(control(found, items))
-        assert gain is not None
+        said = _said(scored([edit(strength)], displacement=moved), items)
         if any(moved):
-            gains[strength] = gain.value
-    if not gains:
-        raise _unspent(budget, f"strength {most:g} costs {spent:.3g}")
-    # Alignment and preference have their middle at 1/2.
-    enough = 0.5 + 0.98 * (max(gains.values()) - 0.5)
-    return min(
-        strength for strength, gain in gains.items() if gain >= min(enough, max(gains.values()))
-    )
+            effects[strength] = said - base
+    best = max(effects.values(), default=0.0)
+    if best > 0:
+        return min(strength for strength, effect in effects.items() if effect >= 0.98 * best)
+    if spent >= 0.97 * budget:
+        return limit
+    raise _unspent(budget, f"strength {limit:g} costs {spent:.3g}")
+
+
+def _said(scored: Sequence[Completion], items: Contrast) -> float:
+    """Mean probability of the answer steered for; of open ones the preference for it."""
+    found = control(scored, items)
+    if items.kind == "choice":
+        return float(np.mean([one.values["match"][0] for one in found]))
+    score = metric(control_metric(items)).score(found)
+    assert score is not None
+    return score.value
 
 
 def _check(
     costs: Costs,
-    steering: Steering,
+    edit: EditAt,
     strength: float,
     budget: float,
     progress: Progress,
@@ -266,7 +277,7 @@ def _check(
     """Shrink until the upper end of the cost's 90 % interval is within the budget."""
     for step in range(CHECKS):
         progress("check", step, CHECKS)
-        high = _worst(costs, steering, strength, "high")
+        high = _worst(costs, edit, strength, "high")
         if high <= budget:
             progress("check", CHECKS, CHECKS)
             return strength
@@ -279,12 +290,10 @@ def _check(
     )
 
 
-def _dose(
-    meter: Meter, scored: Meter, steering: Steering, items: Contrast, strength: float
-) -> Dose:
+def _dose(meter: Meter, scored: Meter, edit: EditAt, items: Contrast, strength: float) -> Dose:
     """One point of the dose-response curve: cost by ``meter``, control by ``scored``."""
     moved: list[float] = []
-    edits = [steering.edit(strength)]
+    edits = [edit(strength)]
     cost = metric("neutral_cost").score(meter(edits, displacement=moved), level=0.9)
     gain = metric(control_metric(items)).score(control(scored(edits), items))
     assert cost is not None and gain is not None
@@ -346,7 +355,7 @@ def choose_layer(
         except BudgetError as error:
             table[str(site)], failed[str(site)] = None, str(error)
             continue
-        table[str(site)] = tuned.calibration[tuned.behaviours[0]].at_budget.control or 0.0
+        table[str(site)] = tuned.calibration[contrast.behaviour].at_budget.control or 0.0
         tried[str(site)] = fitted
     if not tried:
         reasons = "; ".join(f"{site}: {reason}" for site, reason in failed.items())

@@ -23,7 +23,7 @@ from innsteer.flows import (
     coupling_stack,
 )
 from innsteer.interventions import Latent, trainable
-from innsteer.shears import Reads, ShearFit, freeze_gates, sharpen
+from innsteer.shears import Reads, ShearFit, freeze_gates, joined, sharpen
 from innsteer.site import Site
 from innsteer.steerer import Interventions, Runner, Steerer, side_means
 from innsteer.training import best_scale, lessons, teach, train_through
@@ -270,12 +270,24 @@ class INNSteer(Steerer):
         return replace(found, reads="row") if self._of("couplings") else found
 
     def extend(self, fitted: Interventions, acts: Activations, *, seed: int = 0) -> Interventions:
-        """Add the behaviours of target-seeking rows to fitted shears; see ``ShearFit.extend``.
+        """Add the behaviours of target-seeking rows to fitted shears, without scaling them.
 
         Raises:
             InputError: a map that is no plain shear, or rows of other sites.
         """
-        return self._shear.extend(fitted, acts, seed=seed)
+        return joined(fitted, self._shear.beside(fitted, acts, seed=seed))
+
+    def extend_through(self, fitted: Interventions, run: Runner, *, seed: int = 0) -> Interventions:
+        """Add a run's behaviours to fitted shears; how sharp and how far, its validation says.
+
+        The others' tensors stay, and the new ones are not polished: that would move what all share.
+
+        Raises:
+            InputError: a map that is no plain shear, or a run at other sites.
+        """
+        new = self._shear.beside(fitted, run.rows(), seed=seed)
+        self._dial(run, new)
+        return joined(fitted, new)
 
     @property
     def _shears(self) -> bool:
@@ -360,21 +372,8 @@ class INNSteer(Steerer):
     def fit_through(self, run: Runner, *, seed: int = 0) -> Interventions:
         """Fit on target-seeking rows, choose how sharp and how far strength 1 is, and polish."""
         maps = self.fit(run.rows(), seed=seed)
-        steps = [part.step for _, part in maps.items() if isinstance(part, Latent)]
-        tried: list[tuple[float, float, float]] = []
         choices = "" not in run.keys(run.items())
-        reads = self._shears and not self._of("couplings") and choices
-        for factor in (0.5, 1.0, 2.0) if reads else (1.0,):
-            sharpen(steps, factor)
-            scale, gain = best_scale(run, maps)
-            sharpen(steps, 1 / factor)
-            tried.append((gain, factor, scale))
-        _, factor, scale = max(tried)
-        sharpen(steps, factor)
-        with torch.no_grad():
-            for step in steps:
-                assert isinstance(step, Shear | Translation)
-                (step.write if isinstance(step, Shear) else step.shifts).mul_(scale)
+        self._dial(run, maps)
         if self.polish:
             for _, part in maps.items():
                 part.requires_grad_(True)
@@ -398,6 +397,24 @@ class INNSteer(Steerer):
                 seed=seed,
             )
         return maps.eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def _dial(self, run: Runner, maps: Interventions) -> None:
+        """Make the map that of strength 1: how sharp it reads and how far it goes, in place."""
+        steps = [part.step for _, part in maps.items() if isinstance(part, Latent)]
+        tried: list[tuple[float, float, float]] = []
+        choices = "" not in run.keys(run.items())
+        reads = self._shears and not self._of("couplings") and choices
+        for factor in (0.5, 1.0, 2.0) if reads else (1.0,):
+            sharpen(steps, factor)
+            scale, gain = best_scale(run, maps)
+            sharpen(steps, 1 / factor)
+            tried.append((gain, factor, scale))
+        _, factor, scale = max(tried)
+        sharpen(steps, factor)
+        for step in steps:
+            assert isinstance(step, Shear | Translation)
+            (step.write if isinstance(step, Shear) else step.shifts).mul_(scale)
 
     def _fit_classes(self, acts: Activations, site: Site, seed: int) -> Latent:
         """The paper's fit."""
