@@ -1,11 +1,12 @@
-"""What a fit on Yes/No statements moves elsewhere: A/B items, free text, other behaviours, prose.
+"""What a fit on Yes/No statements moves elsewhere: A/B items, free text, behaviours, knowledge.
 
     python benchmarks/transfer.py DATA [--cells desire-for-acquiring-wealth/second/0] [--arms ...]
 
 Arms are those of control.py, fitted again and steered at the strengths that it chose (both halves
 of the cost); run it first. Beside them the unsteered model and one that is only asked (prompt-only:
 no strength, its own cost). Free text is the AUC of the length-normalised log-probability of a
-matching statement against that of another one, as answers to an open question.
+matching statement against that of another one, as answers to an open question. Capability is the
+share of plain questions whose right answer is likelier per token than the wrong one.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from innsteer.gating import auroc
 from innsteer.interventions import Edit
 from innsteer.steerer import Interventions
 from innsteer.suites import behaviour as suites
-from innsteer.suites import persona
+from innsteer.suites import capability, persona
 
 RESULTS = control.HERE / "results" / "transfer.json"
 OTHERS = ("desire-for-acquiring-wealth", "desire-for-acquiring-power", "agreeableness")
@@ -57,8 +58,10 @@ def shares(run: Through, maps: Interventions | None, strength: float) -> list[fl
     return values
 
 
-def free(backend: HF, run: Through, maps: Interventions | None, strength: float) -> float:
-    """AUC of matching against other statements, by mean log-probability per token."""
+def likely(
+    backend: HF, run: Through, maps: Interventions | None, strength: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean log-probability per token of each item's target and source."""
     items = run.items("test")
     with torch.no_grad():
         found = run.answers(maps, items, [strength] * len(items))
@@ -70,7 +73,18 @@ def free(backend: HF, run: Through, maps: Interventions | None, strength: float)
             encoded = backend.model.encode(item.prompt, answer=getattr(item, side))
             lengths.append(len(encoded.ids) - encoded.prompt)
         means.append(total / torch.tensor(lengths))
-    return auroc(*means)
+    return means[0], means[1]
+
+
+def free(backend: HF, run: Through, maps: Interventions | None, strength: float) -> float:
+    """AUC of matching against other statements, by mean log-probability per token."""
+    return auroc(*likely(backend, run, maps, strength))
+
+
+def known(backend: HF, run: Through, maps: Interventions | None, strength: float) -> list[float]:
+    """Per question whether the right answer is likelier."""
+    right, wrong = likely(backend, run, maps, strength)
+    return [float(value) for value in right > wrong]
 
 
 def bits(backend: HF, maps: Interventions | None, strength: float) -> list[float]:
@@ -123,10 +137,12 @@ def main() -> None:
         places = {"A/B": pairs, **others}
         runs = {key: Through(backend, [one], [control.SITE]) for key, one in places.items()}
         text_run = Through(backend, [texts], [control.SITE])
+        quiz = Through(backend, [capability.contrast()], [control.SITE])
         plain = bits(backend, None, 0.0)
         for key, run in runs.items():
             note(f"{name}: unsteered, {key}", shares(run, None, 0.0), "", "probability")
         note(f"{name}: unsteered, free text", [free(backend, text_run, None, 0.0)], "", "AUC", 80)
+        note(f"{name}: unsteered, capability", known(backend, quiz, None, 0.0), "", "share")
         for side in SIDES:
             words = instruction(behaviour, side)
             for key, one in {"own": own, "A/B": pairs}.items():
@@ -146,6 +162,8 @@ def main() -> None:
                     note(place, shares(run, maps, strength), "", "probability")
                 value = free(backend, text_run, maps, strength)
                 note(f"{name}: {arm}, free text, {side}", [value], "", "AUC", 80)
+                right = known(backend, quiz, maps, strength)
+                note(f"{name}: {arm}, capability, {side}", right, "", "share")
                 more = [s / b for s, b in zip(bits(backend, maps, strength), plain, strict=True)]
                 bar = "<= 1.015" if arm == "innsteer" else ""
                 note(f"{name}: {arm}, bits per byte over unsteered, {side}", more, bar, "ratio")
