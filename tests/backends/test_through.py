@@ -156,6 +156,9 @@ def test_a_run_takes_over_what_another_kept(llama, monkeypatch):
     for side in (0, 1):
         close(got[side], want[side])
     close(taken.rows().context[LOW], plain.rows().context[LOW])
+    # Nothing at all is left to run.
+    whole = Through(HF(llama), [free(), choice()], [LOW], unmoved(llama), like=taken)
+    close(whole.answers(maps, numbers, coef).target, want.target)
     elsewhere = Through(HF(llama), [choice()], [Site(2)], like=first)
     close(
         elsewhere.rows().values[Site(2)],

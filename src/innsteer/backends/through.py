@@ -469,6 +469,7 @@ class Through:
         same = other._model is self._model and other.sites == self.sites
         if not same or other._sequences[0].ids[: other._shared] != shared:
             return
+        self._tuple = other._tuple
         for number, sequence in enumerate(self._sequences):
             known = other._numbers.get((sequence.start + 1, *sequence.ids))
             if known is not None:
