@@ -3,6 +3,7 @@
     python benchmarks/control.py DATA --plan            # cells, what is done, what is left to do
     python benchmarks/control.py DATA                    # every cell that is not measured yet
     python benchmarks/control.py DATA --cells wealth/second/0 --arms innsteer,condgrad
+    python benchmarks/control.py DATA --wordings more.json   # {"polite": "Would ... {statement}"}
     python benchmarks/control.py DATA --summary          # only write results/control.json
 
 DATA is the folder of Anthropic's persona evaluations (one .jsonl or .jsonl.gz per behaviour). A
@@ -52,8 +53,10 @@ RESULTS = HERE / "results" / "control.json"
 WORK = HERE.parent / "runs" / "control"
 BUDGET = 0.0953
 SITE = Site(15)
-WORDINGS = ("second", "original", "second+5")
+WORDINGS = ["second", "original", "second+5"]
 """Of the question; +5: the fit also sees five paraphrases, the test stays as it is."""
+TEMPLATES = {name: suites.questions()[name] for name in ("second", "original")}
+"""Of each wording; --wordings brings more."""
 # These behaviours first, then the rest in the order of the alphabet.
 FIRST = ("desire-for-acquiring-wealth", "desire-for-acquiring-power", "agreeableness")
 POLISH = 40
@@ -109,11 +112,12 @@ def open_cell(backend: HF, data: Path, name: str, train: int, like: Through | No
     behaviour, wording, seed = name.split("/")
     source = persona_file(data, behaviour)
     asked, _, more = wording.partition("+")
-    contrast = persona.contrast(source, wording=asked, train=train, seed=int(seed))
+    contrast = persona.contrast(source, wording=TEMPLATES[asked], train=train, seed=int(seed))
     neutral = references(backend)
-    groups = {part: persona.unmoved(part, asked) for part in ("fit", "validation", "test")}
+    parts = ("fit", "validation", "test")
+    groups = {part: persona.unmoved(part, TEMPLATES[asked]) for part in parts}
     if more:
-        contrast = augmented(contrast, int(more))
+        contrast = augmented(contrast, TEMPLATES[asked], int(more))
         groups["fit"] = mixed(groups["fit"], asked, int(more))
     every = {part: backend.reference(prompts, None) for part, prompts in groups.items()} | neutral
     run = Through(backend, [contrast], [SITE], list(every.values()), like=like, progress=say)
@@ -125,10 +129,10 @@ def open_cell(backend: HF, data: Path, name: str, train: int, like: Through | No
     return Cell(name, backend, run, fit, places, fit.rows(), int(seed))
 
 
-def augmented(contrast: Contrast, count: int) -> Contrast:
+def augmented(contrast: Contrast, wording: str, count: int) -> Contrast:
     """Training and validation statements in turn in the wording and ``count`` paraphrases of it."""
     templates = suites.questions()["augmentation"][:count]
-    versions = [contrast, *(persona.rewording(contrast, template) for template in templates)]
+    versions = [contrast, *(persona.rewording(contrast, new, old=wording) for new in templates)]
     items = tuple(
         (versions[n % len(versions)] if item.split != "test" else contrast).items[n]
         for n, item in enumerate(contrast.items)
@@ -138,7 +142,7 @@ def augmented(contrast: Contrast, count: int) -> Contrast:
 
 def mixed(prompts: Sequence[Prompt], wording: str, count: int) -> tuple[Prompt, ...]:
     """Unmoved statements in turn in the wording and ``count`` paraphrases of it."""
-    templates = [suites.questions()[wording], *suites.questions()["augmentation"][:count]]
+    templates = [TEMPLATES[wording], *suites.questions()["augmentation"][:count]]
     found = []
     for n, prompt in enumerate(prompts):
         text = suites.stated(suites.asked(prompt.conversation), templates[0])
@@ -513,11 +517,12 @@ def paraphrased(cell: Cell, data: Path, each: int = 40) -> Through:
     """Test items in the held-out paraphrases."""
     behaviour, wording, seed = cell.name.split("/")
     asked = wording.partition("+")[0]
-    contrast = persona.contrast(persona_file(data, behaviour), wording=asked, seed=int(seed))
+    source = persona_file(data, behaviour)
+    contrast = persona.contrast(source, wording=TEMPLATES[asked], seed=int(seed))
     test = contrast.part("test").subset(each, 0)
     items = []
     for number, template in enumerate(suites.questions()["held_out"]):
-        for item in persona.rewording(test, template).items:
+        for item in persona.rewording(test, template, old=TEMPLATES[asked]).items:
             items.append(item.__class__(**vars(item) | {"id": f"{item.id}#{number}"}))
     return Through(cell.backend, [Contrast(test.behaviour, "choice", tuple(items))], [SITE])
 
@@ -615,7 +620,12 @@ def main() -> None:
     parser.add_argument("--said", type=int, default=100, help="sampled answers per arm; 0: none")
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--summary", action="store_true")
+    parser.add_argument("--wordings", type=Path, help="JSON of further wordings: name to template")
     asked = parser.parse_args()
+    if asked.wordings:
+        more: dict[str, str] = json.loads(asked.wordings.read_text())
+        TEMPLATES.update(more)
+        WORDINGS.extend(more)
     wanted = asked.cells.split(",") if asked.cells else cells(asked.data)
     arms = asked.arms.split(",") if asked.arms else list(ARMS)
     if asked.plan:
@@ -630,7 +640,7 @@ def main() -> None:
             done = json.loads(path.read_text()) if path.is_file() else {}
             if all(arm in done for arm in arms):
                 continue
-            said = asked.said if "/second" in name else 0
+            said = 0 if "/original/" in name else asked.said
             like = cell.run if cell else None
             cell = open_cell(backend, asked.data, name, asked.train, like)
             measure(cell, asked.data, arms, path, said)

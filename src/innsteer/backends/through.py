@@ -128,6 +128,7 @@ class Through:
         self._past: dict[int, Tensor] = {}
         self._before: dict[int, dict[Site, Tensor]] = {}
         self._common: Tensor = torch.empty(0)
+        self._tuple = False
         self._shared = self._shared_prefix()
         self._base: dict[int, Tensor] = {}
         self._rows: dict[tuple[float, bool], Activations] = {}
