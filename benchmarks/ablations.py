@@ -44,6 +44,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "shear": TARGET,
     "shear, reads the row": {**TARGET, "reads": "row"},
     "shear, no gate": {**TARGET, "gate": False},
+    "shear, no gate, polish 40": {**TARGET, "gate": False, "polish": 40},
     "shear, kappa 1": {**TARGET, "kappa": 1.0},
     "shear, kappa 4": {**TARGET, "kappa": 4.0},
     "shear, room 0": {**TARGET, "room": 0.0},
@@ -153,9 +154,12 @@ def figures(name: str, found: Mapping[str, Any]) -> list[dict[str, Any]]:
         count = len(one["items"]["match"])
         groups = [control.shares(one).tolist()]
         records.append(control.figure(f"{name}: {side}", groups, "", "probability", count))
-        for part in ("in_format", "neutral", "mass"):
+        for part, unit in (("in_format", "nats"), ("neutral", "nats"), ("mass", "probability")):
             values = [[one[part]]]
-            records.append(control.figure(f"{name}: {side}, {part}", values, "", "nats", count))
+            records.append(control.figure(f"{name}: {side}, {part}", values, "", unit, count))
+        # What a sampled answer says in the mean: the probability of the answer steered for.
+        said = [one["items"]["match" if side == "towards" else "other"]]
+        records.append(control.figure(f"{name}: {side}, said", said, "", "probability", count))
     seconds = [[found["fit_seconds"]]]
     return [*records, control.figure(f"{name}: fit", seconds, "", "seconds", 1)]
 

@@ -40,7 +40,7 @@ class Dose:
 
 @dataclass(frozen=True)
 class Calibration:
-    """A behaviour's dose-response curve and the strength that spends the budget.
+    """A behaviour's dose-response curve and the strength that is kept within the budget.
 
     Attributes:
         doses: in the order of strength; negative strengths steer the other way.

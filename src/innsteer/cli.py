@@ -223,7 +223,7 @@ def tune(
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
-    """Measure dose and response, and find the strength that spends the budget."""
+    """Measure dose and response, and find the strength of most effect within the budget."""
     from innsteer import tuning
     from innsteer.contrast import Contrast
     from innsteer.steering import Steering
