@@ -163,6 +163,16 @@ def test_strength_is_the_smallest_with_the_effect(
     assert scored.asked == pytest.approx(asked)
 
 
+@pytest.mark.parametrize(("limit", "doses"), [(1.0, 2), (6.0, 3)])
+def test_the_curve_goes_on_to_what_would_spend_the_budget(model, fitted, monkeypatch, limit, doses):
+    monkeypatch.setattr(tuning, "_search", lambda *_: (limit, BUDGET))
+    monkeypatch.setattr(tuning, "_enough", lambda *_: 1.0)
+    tuned = tuning.tune(model, fitted, OPEN, preview=True, fractions=(1.0,), search_tokens=60)
+    found = [dose.strength for dose in tuned.calibration["formal-ish"].doses]
+    assert found == [0.0, 1.0, 6.0][:doses] and tuned.resolve() == 1.0
+    assert tuned.provenance["tuning"]["formal-ish"]["by"] == ("cost", "control")[doses - 2]
+
+
 def test_the_effect_of_choices_is_what_is_said_and_of_pairs_the_preference(model, fitted):
     backend = HF(model)
     edit = fitted.edit(2.0)

@@ -44,8 +44,8 @@ class Calibration:
 
     Attributes:
         doses: in the order of strength; negative strengths steer the other way.
-        budget: nats per token. strength: the largest tried strength within the budget; of a
-            steering that spends less at any strength, the one that controls best.
+        budget: nats per token. strength: the one with the most effect within the budget, the
+            smallest of those that have it.
         tokens: response tokens behind the doses and the strength: those of the last check.
             preview: True when the check was left out, so that both rest on the search's tokens.
 
