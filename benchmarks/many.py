@@ -154,6 +154,7 @@ def main() -> None:
     acts = run.among(fits).rows()
     eight = behaviours(acts, names)
     k, records = len(NAMES), list[dict[str, Any]]()
+    tables: dict[str, list[list[float]]] = {}
 
     def note(name: str, value: float, asked: str, unit: str, n: int) -> None:
         found = {"figure": name, "value": value, "low": value, "high": value}
@@ -201,6 +202,9 @@ def main() -> None:
             for i, j in itertools.product(range(8), repeat=2)
             if i != j
         }
+        tables[label] = [
+            [together[names[j]] if i == j else table[i, j] for j in range(8)] for i in range(8)
+        ]
         strayed = [abs(value - base[names[j]]) for (_, j), value in table.items()]
         note(f"{label}, interference, mean", float(np.mean(strayed)), "", "probability", 56)
         note(f"{label}, interference, worst", float(np.max(strayed)), "", "probability", 56)
@@ -259,6 +263,8 @@ def main() -> None:
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             "machine": "2 cores, CPU",
             "behaviours": list(NAMES),
+            # Alignment of the column's items with the row's behaviour steered alone.
+            "interference": tables,
             "figures": records,
         },
     )
