@@ -57,6 +57,13 @@ def test_the_budget_in_nats_is_the_budget(asked):
     assert curve((0, 0), (2, 0.09)).resolve(asked) == 2.0
 
 
+def test_strengths_in_nats_rise_where_the_tuned_one_lies_far_below_the_budget():
+    gated = curve((0, 0), (1, 0.002), (7.2, 0.0953), strength=1.0)
+    assert gated.resolve("budget") == 1.0
+    found = [gated.resolve(f"{nats}nat") for nats in (0.002, 0.03, 0.09, 0.0953)]
+    assert found == sorted(found) and found[-1] == pytest.approx(7.2)
+
+
 def test_the_budget_the_other_way_is_found_on_the_curve():
     both = curve((0, 0), (2, 0.09), (-2, 0.0953), (-3, 0.2))
     assert both.resolve("-0.0953nat") == pytest.approx(-2.0)

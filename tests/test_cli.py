@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from typer.main import get_command
 
 import tiny
 from innsteer import cli, demo, evaluation, fitting, shelf, tuning
+from innsteer.activations import Activations
 from innsteer.backends import hf
 from innsteer.contrast import Contrast
 from innsteer.steering import Steering
@@ -28,6 +30,11 @@ def home(tmp_path_factory):
     lines = (json.dumps(row) for row in rows())
     (home / "mine.jsonl").write_text("\n".join(lines))
     (home / "yours.jsonl").write_text((home / "mine.jsonl").read_text())
+    pair = [
+        Activations.of_sides(torch.zeros(2, 4), torch.ones(2, 4), behaviour=name)
+        for name in ("mine", "yours")
+    ]
+    Activations.together(pair).save(home / "pair")
     return home
 
 
@@ -105,7 +112,7 @@ def test_record_fit_tune_generate_eval_and_inspect_follow_each_other(run, home):
     assert code == 0, err
     assert "random direction" in out.lower() and "PREVIEW" in out
     assert (home / "report" / "report.html").is_file()
-    assert Steering.load(home / "mine").card["figures"]
+    assert Steering.load(home / "mine").card["mine"]["figures"]
     code, out, err = run(*following(out), "-n", "4")
     assert code == 0, err
     code, out, err = run(*following(out))
@@ -145,6 +152,17 @@ def test_behaviours_are_fitted_added_tuned_and_mixed(run, home):
     assert found["strengths"] == [1.0, -2.0] and len(found["alone"]) == 2
     code, out, err = run("generate", "both", "Hi", "-n", "2", "-s", "likes=1,owns=-2")
     assert code == 0 and "strength likes 1, owns -2, identity" in out, err
+    code, out, _ = run("tune", "both", "owns.jsonl", "--preview")
+    assert code == 0 and json.loads(run("inspect", "both", "--json")[1])["calibration"].keys() == {
+        "owns"
+    }
+    code, out, _ = run("inspect", "both")
+    assert code == 0 and "owns=budget" in following(out)
+    code, out, err = run("eval", "both", "--data", "owns.jsonl", "--out", "seen", "--preview")
+    assert code == 0 and "owns=budget" in following(out), err
+    assert set(Steering.load(home / "both").card) == {"owns"}
+    card = (home / "both" / "README.md").read_text()
+    assert "`owns`: " in card and 'steering.on(model, {"owns": 1.0})' in card
 
 
 def test_of_several_layers_fit_keeps_one_and_says_which(run, home):
@@ -283,6 +301,10 @@ def refused(found, code, *said):
 
 
 BAD = {
+    "rows of several": (
+        ["fit", "mine.jsonl", "-o", "x", "--rows", "pair"],
+        "pair was recorded from 'mine, yours'",
+    ),
     "no such option": (["fit", "--nope"], "No such option: --nope"),
     "no such verb": (["fti"], "No such command 'fti'"),
     "a bogus verb": (["bogus"], "record, fit, extend, tune, generate, eval, interference, inspect"),
@@ -514,7 +536,7 @@ def test_the_demo_leaves_artifacts_and_a_report(run, home, quick_demo):
     assert "report    first run/report/report.html" in out
     assert following(out)[1] == "first run/innsteer"
     for name in ("diffmean", "innsteer"):
-        assert Steering.load(home / "first run" / name).card["figures"]
+        assert Steering.load(home / "first run" / name).card["critical"]["figures"]
     assert (home / "first run" / "report" / "report.html").is_file()
 
 

@@ -262,7 +262,7 @@ def test_a_cost_beyond_the_curve_has_no_control_range(model, ours, suite):
 def test_a_cell_over_its_budget_is_noted(model, ours, suite, report):
     assert not any(note.startswith("one costs") for note in report.notes)
     poor = tuned(ours, budget=1e-4)
-    found = evaluation._notes([Arm(UNSTEERED)], {"one": poor}, report.figures, False)
+    found = evaluation._notes([Arm(UNSTEERED)], {"one": poor}, suite, report.figures, False)
     assert any("one costs" in n and "over 10 % above the budget of 0.0001" in n for n in found)
     assert any("prompt-only arm is missing" in n for n in found)
 
@@ -280,7 +280,7 @@ def test_small_sizes_or_an_unchecked_strength_make_a_preview(report, model, suit
 
 
 def test_a_card_holds_the_arms_own_figures_and_the_plain_models(report):
-    card = evaluation.card(report, "one")
+    (card,) = evaluation.card(report, "one").values()
     assert {f["arm"] for f in card["figures"]} == {"one", UNSTEERED}
     assert all(not f["against"] for f in card["figures"])
     assert card["model"] == "tiny-llama" and card["preview"]

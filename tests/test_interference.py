@@ -17,6 +17,7 @@ from innsteer.site import Site
 from innsteer.steerers import innsteer as inn
 from innsteer.steering import Steering
 from innsteer.suites.behaviour import neutral
+from innsteer.training import best_scale
 from words import contrast as open_pairs
 
 NAMES = "Tea Rain Salt Dusk Iron Wool Jazz Rope Clay Mint Oak Fern Lime Sage Hay Ash".split()
@@ -154,6 +155,66 @@ def test_what_is_added_is_dialled_by_its_own_validation_items(model, both, monke
     # The third sharpness was said to be the best: twice the first guess.
     torch.testing.assert_close(step.read[2, 0], 2 * bare.read[2, 0])
     torch.testing.assert_close(step.write[2, 0], 3 * bare.write[2, 0])
+
+
+def test_behaviours_added_at_once_are_added_one_by_one(model, both):
+    asks = stated("asks", "asks for")
+    at_once = fitting.extend(model, both, [OWNS, asks])
+    in_turn = fitting.extend(model, fitting.extend(model, both, OWNS), asks)
+    assert at_once.behaviours == in_turn.behaviours == ("likes", "fears", "owns", "asks")
+    assert at_once.identity == in_turn.identity
+    assert at_once.provenance["added"] == {"owns": OWNS.hash, "asks": asks.hash}
+
+
+def test_a_behaviour_that_would_hardly_move_is_not_added():
+    from innsteer.activations import Activations
+    from innsteer.steerer import get
+
+    rows = torch.randn(64, 12, generator=torch.Generator().manual_seed(0))
+    one, two = torch.eye(12)[0], torch.eye(12)[5]
+    method = get("innsteer", objective="target")
+    fitted = method.fit(Activations.of_sides(rows - one, rows + one, behaviour="one"))
+    with pytest.raises(InputError, match="'two' at .*: 0% of its gradient lies in the 1 coord"):
+        method.extend(fitted, Activations.of_sides(rows - two, rows + two, behaviour="two"))
+    along = Activations.of_sides(rows - one - two, rows + one + two, behaviour="both")
+    assert len(method.extend(fitted, along)[Site(0)].step.write) == 2
+
+
+def test_what_cannot_be_added_or_joined_is_refused_before_anything_runs(model, both, monkeypatch):
+    monkeypatch.setattr(fitting, "through", None)
+    monkeypatch.setattr(fitting, "record", None)
+    flow = replace(both, steerer=replace(both.steerer, couplings=2, reads="row"))
+    deep = flow.steerer.build({SITE: tiny.WIDTH})
+    with pytest.raises(InputError, match="no plain shear"):
+        fitting.extend(model, replace(flow, interventions=deep), OWNS)
+    with pytest.raises(InputError, match="likes, likes; expected at least one, each once"):
+        fitting.fit(model, [LIKES, LIKES], objective="target")
+    with pytest.raises(InputError, match=r"likes \(choice\), formal-ish \(open\) as one"):
+        fitting.fit(model, [LIKES, open_pairs()], objective="target")
+    with pytest.raises(InputError, match=r"\(none\)"):
+        fitting.fit(model, [], "diffmean")
+
+
+def test_every_wording_brings_its_own_rewordings(model):
+    items = (replace(i, prompt=i.prompt.replace("Do you", "Would you")) for i in FEARS.items)
+    polite = replace(FEARS, items=tuple(items))
+    runs = [fitting.through(model, one, [SITE]) for one in (LIKES, polite, [LIKES, polite])]
+    likes, fears, whole = (run.rows().rewordings(SITE) for run in runs)
+    torch.testing.assert_close(whole, torch.cat([likes, fears]))
+
+
+def test_open_behaviours_share_the_items_of_a_line_search(model):
+    run = fitting.through(model, [open_pairs(), replace(open_pairs(), behaviour="second")], [SITE])
+    asked = []
+    real = run.answers
+
+    def answers(maps, items, coef, **how):
+        asked.append({run._asked[number].behaviour for number in items})
+        return real(maps, items, coef, **how)
+
+    run.answers = answers
+    best_scale(run, fitting.get("innsteer", objective="target").fit(run.rows()), (1.0,))
+    assert asked == [{0, 1}]
 
 
 def test_interference_is_what_separate_measurements_say(model, both):

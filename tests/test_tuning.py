@@ -146,6 +146,8 @@ def saturating(strength):
 @pytest.mark.parametrize(
     ("effect", "limit", "spent", "wanted", "asked"),
     [
+        (saturating, 1.41, 0.95 * BUDGET, 1.0, [0.5, 1.0]),
+        (saturating, 0.3, 0.95 * BUDGET, 0.3, [0.3]),
         (saturating, 1e4, 0.0, 1.0, [0.5, 1.0, 2.0, 4.0]),
         (saturating, 7.2, BUDGET, 1.0, [0.5, 1.0, 2.0, 4.0, 7.2]),
         (saturating, 1.4, BUDGET, 1.4, [0.5, 1.4]),
@@ -153,14 +155,39 @@ def saturating(strength):
         (lambda s: 0.4 + 0.01 * s, 7.2, BUDGET, 7.2, [0.5, 1.0, 2.0, 4.0, 7.2]),
         (lambda s: 0.4 - 0.01 * s, 7.2, BUDGET, 7.2, [0.5, 1.0, 2.0, 4.0, 7.2]),
     ],
-    ids=["costs nothing", "late cost", "near the limit", "below all", "linear", "the wrong way"],
+    ids=[
+        "just below",
+        "all below",
+        "costs nothing",
+        "late cost",
+        "near the limit",
+        "below all",
+        "linear",
+        "the wrong way",
+    ],
 )
 def test_strength_is_the_smallest_with_the_effect(
     fitted, monkeypatch, effect, limit, spent, wanted, asked
 ):
     scored = Effect(monkeypatch, effect)
-    assert tuning._enough(scored, fitted.edit, OPEN, limit, spent, BUDGET) == wanted
+    assert tuning._enough(scored, fitted.edit, CHOICE, limit, spent, BUDGET) == wanted
     assert scored.asked == pytest.approx(asked)
+
+
+def test_open_answers_get_the_whole_budget_where_they_can_spend_it(fitted, monkeypatch):
+    """Their preference is near 1 far below it: that says nothing of how far they moved."""
+    scored = Effect(monkeypatch, lambda s: 0.5 + 0.5 * math.tanh(9 * s))
+    assert tuning._enough(scored, fitted.edit, OPEN, 7.2, BUDGET, BUDGET) == 7.2
+    assert tuning._enough(scored, fitted.edit, OPEN, 1e4, 0.0, BUDGET) == 0.5
+
+
+def test_both_directions_of_a_curve_go_on(model, fitted, monkeypatch):
+    monkeypatch.setattr(tuning, "_search", lambda *_: (6.0, BUDGET))
+    monkeypatch.setattr(tuning, "_enough", lambda *_: 1.0)
+    how = {"preview": True, "fractions": (1.0,), "search_tokens": 60, "both_ways": True}
+    tuned = tuning.tune(model, fitted, OPEN, **how)
+    found = [dose.strength for dose in tuned.calibration["formal-ish"].doses]
+    assert found == [-6.0, -1.0, 0.0, 1.0, 6.0]
 
 
 @pytest.mark.parametrize(("limit", "doses"), [(1.0, 2), (6.0, 3)])

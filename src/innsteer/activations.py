@@ -171,9 +171,11 @@ class Activations:
             for part in parts
         }
         if len(kinds) > 1:
+            reads = ", ".join(f"{part.behaviours[0]} by {part.read}" for part in parts)
             raise InputError(
-                "recordings of other sites, read rules or models as one",
-                remedy="record all of them alike",
+                f"recordings of other sites, read rules ({reads}) or models as one",
+                expected="all recorded alike",
+                remedy="give one read rule for all: read=..., or --read",
             )
         values, context = (
             {
@@ -296,18 +298,18 @@ class Activations:
         return self.values[site][torch.from_numpy(np.flatnonzero(index))]
 
     def rewordings(self, site: Site) -> Tensor:
-        """What other words change ``[n, d]``: unmoved rows less the same ones ``restated``."""
-        table = self.rows
+        """What other words change ``[n, d]``: unmoved rows less the same ones ``restated``.
+
+        An unmoved statement may stand there in several wordings.
+        """
+        table, values = self.rows, self.values[site]
         here, other = (
-            {
-                str(table.pair[n]): int(n)
-                for n in np.flatnonzero((table.side == side) & (table.pair != ""))
-            }
+            np.flatnonzero((table.side == side) & (table.pair != ""))
             for side in ("unmoved", "restated")
         )
-        both = sorted(here.keys() & other.keys())
-        values = self.values[site]
-        return values[[here[pair] for pair in both]] - values[[other[pair] for pair in both]]
+        again = {str(table.pair[n]): int(n) for n in other}
+        both = [(int(n), again[pair]) for n in here if (pair := str(table.pair[n])) in again]
+        return values[[n for n, _ in both]] - values[[n for _, n in both]]
 
     # --- on disk ---------------------------------------------------------------------------------
 

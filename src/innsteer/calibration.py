@@ -71,8 +71,9 @@ class Calibration:
         """A number from a number, "budget", or a cost like "0.05nat" ("-0.05nat": the other way).
 
         Between measured strengths the root of the cost is interpolated: for small edits the cost
-        grows with the square of the strength. The budget in nats is "budget" itself: the strength
-        that is sure to stay within it, whose own mean cost lies somewhat lower.
+        grows with the square of the strength. The budget in nats is "budget" itself, the strength
+        that is sure to stay within it and whose own mean cost lies somewhat lower, unless that
+        strength was chosen far below the budget.
 
         Raises:
             InputError: not one of these. BudgetError: a cost beyond the measured curve, or in a
@@ -89,7 +90,8 @@ class Calibration:
         wanted = float(match[2])
         if not wanted:
             return 0.0
-        if sign * self.strength > 0 and math.isclose(wanted, self.budget):
+        spends = self.at_budget.nats >= self.budget / 2
+        if spends and sign * self.strength > 0 and math.isclose(wanted, self.budget):
             return self.strength
         side = sorted(
             (abs(d.strength), d.nats)

@@ -300,7 +300,7 @@ def generate(
     strengths = dict(zip(fitted.behaviours, edit.coef.tolist(), strict=True))
     used = {name: value for name, value in strengths.items() if value} or strengths
     told = ", ".join(f"{name} {value:.4g}" for name, value in used.items())
-    text = f"strength {told if len(used) > 1 else told.rpartition(' ')[2]}"
+    text = f"strength {told if len(strengths) > 1 else told.rpartition(' ')[2]}"
     text += f", identity {fitted.identity[:12]}"
     _done(
         as_json,
@@ -354,13 +354,14 @@ def evaluate(
         report.save(folder)
         for path, (name, fitted) in zip(steering, loaded.items(), strict=True):
             fitted.with_card(evaluation.card(report, name)).save(path, replace=True)
+    named = _of(model or _source(first))
     if not as_json:
         out.print(_escape(report.text()))
     _done(
         as_json,
         {"folder": str(folder)} | report.to_json(),
         f"report in {folder / 'report.html'}",
-        _command("generate", steering[0], "Hello", *_of(model or _source(first))),
+        _command("generate", steering[0], "Hello", *_mixed(first, suite.behaviour), *named),
     )
 
 
@@ -414,7 +415,9 @@ def inspect(steering: STEERING, as_json: JSON = False) -> None:
         out.print(table)
         if fitted.calibration:
             out.print(_dose_table(fitted))
-    following = _command("generate", steering, "Hello", *_of(_source(fitted)))
+    tuned = next(iter(fitted.calibration), fitted.behaviours[0])
+    words = (*_mixed(fitted, tuned), *_of(_source(fitted)))
+    following = _command("generate", steering, "Hello", *words)
     _done(as_json, facts, "every file matches its seal", following)
 
 
@@ -583,11 +586,19 @@ def _strength(text: str) -> Any:
     return found
 
 
+def _mixed(steering: Any, behaviour: str) -> list[str]:
+    """The option that steers one of several behaviours; a steering of one needs none."""
+    if len(steering.behaviours) < 2 or behaviour not in steering.behaviours:
+        return []
+    return ["--strength", f"{behaviour}={'budget' if behaviour in steering.calibration else 1}"]
+
+
 def _fitting(acts: Any, rows: object, contrast: Any, data: str, together: bool) -> None:
     """Refuse rows that are not of this data, or of several layers without a word about them."""
     used = tuple(item for item in contrast.items if item.split in ("train", "validation"))
     hashes = [replace(contrast, items=used).hash, contrast.hash]
-    if (recorded := acts.provenance.get("contrast")) and recorded not in hashes:
+    recorded = str(acts.provenance.get("contrast") or "")
+    if len(acts.behaviours) > 1 or (recorded and recorded not in hashes):
         raise DataError(
             f"{rows} was recorded from {', '.join(acts.behaviours)!r} ({recorded[:12]}), and "
             f"{data} is {contrast.behaviour!r} ({hashes[0][:12]})",

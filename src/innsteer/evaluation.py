@@ -100,7 +100,10 @@ def compare(
     }
     for name, steering in steerings.items():
         if steering.curve is None:
-            raise InputError(f"{name!r} was not tuned", remedy="tune it to a budget first")
+            what = (
+                repr(name) if len(steering.behaviours) == 1 else f"{suite.behaviour!r} in {name!r}"
+            )
+            raise InputError(f"{what} was not tuned", remedy="tune it to a budget first")
         if suite.items is not None:
             check_unseen(steering, suite.items)
     arms = standard_arms(model, steerings, suite, seed=seed)
@@ -226,7 +229,7 @@ def evaluate(
             for name, steering in steerings.items()
             if steering.provenance.get("diagnostics")
         },
-        notes=tuple(_notes(arms, steerings, figures, preview)),
+        notes=tuple(_notes(arms, steerings, suite, figures, preview)),
         dose_control=control_metric(suite.items) if suite.items else "",
     )
 
@@ -552,6 +555,7 @@ def _clouds(name: str, steering: Steering, acts: Activations, site: Site) -> lis
 def _notes(
     arms: Sequence[Arm],
     steerings: Mapping[str, Steering],
+    suite: Suite,
     figures: Sequence[Figure],
     preview: bool,
 ) -> list[str]:
@@ -569,7 +573,8 @@ def _notes(
         )
     elif arms and arms[0].name == UNSTEERED:
         notes.append("No instruction was given, so the prompt-only arm is missing.")
-    if told := [name for name, steering in steerings.items() if steering.interventions.contextual]:
+    told = [name for name, steering in steerings.items() if steering.interventions.contextual]
+    if told and suite.items is not None and suite.items.kind == "open":
         notes.append(f"No scatter of {', '.join(told)}: it moves a row by what its prompt says.")
     budgets = {
         name: steering.curve.budget for name, steering in steerings.items() if steering.curve
@@ -585,10 +590,12 @@ def _notes(
 
 
 def card(report: Report, arm: str) -> dict[str, Any]:
-    """What an artifact's card says of an evaluation: the arm's figures and the plain model's."""
+    """What an artifact's card says of a behaviour: the arm's figures and the plain model's."""
     kept = [f for f in report.figures if f.arm in (arm, UNSTEERED) and not f.against]
     return {
-        "figures": [vars(figure) for figure in kept],
-        "model": report.context["model"],
-        "preview": report.preview,
+        report.behaviour: {
+            "figures": [vars(figure) for figure in kept],
+            "model": report.context["model"],
+            "preview": report.preview,
+        }
     }

@@ -15,7 +15,7 @@ from innsteer.backends.hf import HF
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError, LeakError, MismatchError
-from innsteer.files import canonical, read_json, write_json
+from innsteer.files import canonical, read_json, require_absent, write_json
 from innsteer.fingerprint import Fingerprint
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span, Where
@@ -105,6 +105,7 @@ def fit(
         UnknownName: no such method or field.
     """
     steerer = get(method, **fields) if isinstance(method, str) else method
+    contrast = each(contrast)
     if steerer.through:
         if read is not None or span != (0, None):
             raise InputError(
@@ -208,7 +209,8 @@ def extend(
         contrast: of behaviours that the steering does not have; as in ``fit``.
 
     Returns:
-        A steering of all behaviours. The calibration of the old ones holds; tune the new ones.
+        A steering of all behaviours. The calibration of the old ones holds, and the diagnostics
+        stay those of their fit; tune the new ones.
 
     Raises:
         InputError: a method that cannot, or a behaviour that is there already.
@@ -216,19 +218,23 @@ def extend(
     """
     steering.check(model)
     contrasts = each(contrast)
+    steering.steerer.check_extends(steering.interventions)
     if there := [one.behaviour for one in contrasts if one.behaviour in steering.behaviours]:
         raise InputError(
             f"behaviour {there[0]!r}, which this steering has already",
             expected="another one",
             remedy="load it with behaviour=..., or fit again",
         )
-    sites = list(steering.interventions)
-    run = through(model, contrasts, sites, unmoved=unmoved, progress=progress)
-    progress("fit", 0, 1)
-    started = time.perf_counter()
-    grown = steering.steerer.extend_through(steering.interventions, run, seed=seed)
-    seconds = time.perf_counter() - started
-    progress("fit", 1, 1)
+    backend, sites, seconds = HF(model), list(steering.interventions), 0.0
+    grown = steering.interventions
+    # One by one: each is dialled by its own items alone.
+    for one in contrasts:
+        run = through(backend, one, sites, unmoved=unmoved, progress=progress)
+        progress("fit", 0, 1)
+        started = time.perf_counter()
+        grown = steering.steerer.extend_through(grown, run, seed=seed)
+        seconds += time.perf_counter() - started
+        progress("fit", 1, 1)
     old, new = steering.provenance, _origin(contrasts)
     groups = {*old.get("train_groups", ()), *new["train_groups"]}
     added = {one.behaviour: one.hash for one in contrasts}
@@ -240,7 +246,7 @@ def extend(
     return replace(
         steering,
         interventions=grown,
-        behaviours=(*steering.behaviours, *run.behaviours),
+        behaviours=(*steering.behaviours, *added),
         provenance={**old, **notes},
     )
 
@@ -320,6 +326,8 @@ def record_parts(
     tuning and evaluation then refuse to measure (``check_unseen``).
     """
     contrasts = each(contrast)
+    if folder is not None:
+        require_absent(folder)
     how: dict[str, Any] = {"read": read, "span": span, "progress": progress}
     parts = [_fitted_part(one) for one in contrasts]
     if len(parts) == 1:
@@ -336,8 +344,26 @@ def record_parts(
 
 
 def each(contrast: Contrasts) -> tuple[Contrast, ...]:
-    """The contrasts, where one stands for itself."""
-    return (contrast,) if isinstance(contrast, Contrast) else tuple(contrast)
+    """The contrasts, where one stands for itself.
+
+    Raises:
+        InputError: none, two of one behaviour, or of both kinds: their rows are read differently.
+    """
+    found = (contrast,) if isinstance(contrast, Contrast) else tuple(contrast)
+    names = [one.behaviour for one in found]
+    if not found or len(set(names)) < len(names):
+        raise InputError(
+            f"the behaviours {', '.join(names) or '(none)'}",
+            expected="at least one, each once",
+            remedy="name one: Contrast.load(file, behaviour=...), or rename its file",
+        )
+    if len({one.kind for one in found}) > 1:
+        raise InputError(
+            f"the behaviours {', '.join(f'{one.behaviour} ({one.kind})' for one in found)} as one",
+            expected="all open, or all choices",
+            remedy="fit a steering for each kind; a model takes several at once",
+        )
+    return found
 
 
 def _fitted_part(contrast: Contrast) -> Contrast:

@@ -128,7 +128,8 @@ def interference(
     meters = [control_meter(backend, one, sites) for one in parts]
     asked = (prompt for one in contrasts for prompt in suites.in_format(one, part))
     looks = list({str(prompt.conversation): prompt for prompt in asked}.values())
-    neutral = backend.reference(suites.neutral(part), Sampling(24, 1.0, seed), progress=progress)
+    plain = suites.neutral(part)[: max(tokens // 16, 8)]
+    neutral = backend.reference(plain, Sampling(24, 1.0, seed), progress=progress)
     cost = backend.meter(neutral.part(tokens), sites)
     rows = []
     for n, edit in enumerate([*edits, mix]):

@@ -19,6 +19,8 @@ from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions
 
 Reads = Literal["row", "prompt"]
+WITHIN = 0.3
+"""Least share of a new behaviour's gradient in the coordinates that a fitted shear writes."""
 OPEN = 20.0
 """A bias at which tanh and sigmoid are 1 to float32's round-off."""
 
@@ -79,7 +81,8 @@ class ShearFit:
         ``apart`` tells new behaviours from each other alone.
 
         Raises:
-            InputError: a map that is no shear, or rows of other sites.
+            InputError: a map that is no shear, rows of other sites, or a behaviour whose gradient
+                lies elsewhere than in the written coordinates.
         """
         parts = dict(fitted.items())
         if set(parts) != set(acts.sites):
@@ -89,12 +92,22 @@ class ShearFit:
             )
         new: dict[Site, Intervention] = {}
         for site, part in parts.items():
-            old, flow = _plain(site, part)
+            old, flow = plain(site, part)
             units, r = old.write.shape[1:]
             step = Shear(r + old.read.shape[-1], r, len(acts.behaviours), units)
             reader = copy.deepcopy(getattr(part, "reader", None))
             new[site] = own = Latent(copy.deepcopy(flow), step, reader)
-            for n in range(len(acts.behaviours)):
+            exact = copy.deepcopy(flow).double()
+            for n, behaviour in enumerate(acts.behaviours):
+                wanted = _turned(exact, mean_lift(aims(acts, site, behaviour))[None])[0]
+                share = float(wanted[:r].norm() / wanted.norm().clamp_min(1e-12))
+                if share < WITHIN:
+                    raise InputError(
+                        f"{behaviour!r} at {site}: {share:.0%} of its gradient lies in the {r} "
+                        "coordinates that the fitted map writes",
+                        expected=f"{WITHIN:.0%} at least, or it would hardly move",
+                        remedy="fit all behaviours together, or the first with a larger write",
+                    )
                 self._set_row(own, n, acts, site, n, seed)
         return Interventions(new).eval().requires_grad_(False)
 
@@ -159,7 +172,7 @@ class ShearFit:
         step.read[row, 0], step.read_bias[row, 0] = weight, bias
 
 
-def _plain(site: Site, part: Intervention) -> tuple[Shear, Chain]:
+def plain(site: Site, part: Intervention) -> tuple[Shear, Chain]:
     """Step and flow of a shear on its own; couplings between would bend what is read and written.
 
     Raises:
@@ -180,7 +193,7 @@ def joined(fitted: Interventions, others: Interventions) -> Interventions:
     """Shears on one flow as one map: the behaviours of the first, then those of the others."""
     whole: dict[Site, Intervention] = {}
     for site, part in fitted.items():
-        (one, flow), (two, _) = _plain(site, part), _plain(site, others[site])
+        (one, flow), (two, _) = plain(site, part), plain(site, others[site])
         k, units, r = one.write.shape
         step = Shear(r + one.read.shape[-1], r, k + len(two.write), units)
         for name, tensor in step.named_parameters():

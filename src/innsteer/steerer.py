@@ -223,10 +223,15 @@ class Steerer(ABC):
         return self.fit(run.rows(), seed=seed)
 
     def extend_through(self, fitted: Interventions, run: Runner, *, seed: int = 0) -> Interventions:
-        """Add a run's behaviours to a fitted map, after its own, which stay as they are.
+        """Add a run's behaviours to a fitted map, after its own, which stay as they are."""
+        self.check_extends(fitted)
+        raise NotImplementedError
+
+    def check_extends(self, fitted: Interventions) -> None:
+        """Whether behaviours can be added to a fitted map.
 
         Raises:
-            InputError: a method that cannot.
+            InputError: not by this method, or not to this map.
         """
         raise InputError(
             f"another behaviour for a map of {self.name!r}",

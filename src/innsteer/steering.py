@@ -53,7 +53,7 @@ class Steering:
         base: fingerprint of the model, tokenizer and chat template that it was fitted on.
         calibration: behaviour -> its dose-response curve; empty until tuned.
         provenance: contrast hash, seed, versions, what fitting found.
-        card: evaluation figures for the model card.
+        card: behaviour -> evaluation figures, for the model card.
         leading: the behaviour that is meant where none is named; "" = the first. Not saved.
     """
 
@@ -82,7 +82,7 @@ class Steering:
             return curve.resolve(strength)
         if isinstance(strength, str) and (strength == "budget" or "nat" in strength):
             raise InputError(
-                f"strength {strength!r} of a steering that was not tuned",
+                f"strength {strength!r} of {self._behaviour(behaviour)!r}, which was not tuned",
                 expected="a number",
                 remedy="tune it first: innsteer tune, or innsteer.tune(...)",
             )
@@ -115,10 +115,11 @@ class Steering:
         """
         k = len(self.behaviours)
         if isinstance(strength, Mapping):
-            if not strength or behaviour is not None:
+            if not strength or not all(strength) or behaviour is not None:
+                beside = f" beside behaviour {behaviour!r}" if behaviour else ""
                 raise InputError(
-                    f"strengths {dict(strength)} of behaviour {behaviour!r}",
-                    expected="a strength for at least one behaviour, and no other behaviour beside",
+                    f"the mix {dict(strength)}{beside}",
+                    expected="a strength for each behaviour, and no other behaviour beside",
                 )
             mix = torch.zeros(k)
             for name, value in strength.items():
@@ -318,8 +319,8 @@ class Steering:
         )
 
     def with_card(self, card: Mapping[str, Any]) -> "Steering":
-        """The same steering with an evaluation on its card."""
-        return replace(self, card=dict(card))
+        """The same steering with an evaluation on its card; those of other behaviours stay."""
+        return replace(self, card={**self.card, **card})
 
     def tuned(self, calibration: Mapping[str, Calibration], **provenance: Any) -> "Steering":
         """The same steering with calibration."""

@@ -164,11 +164,14 @@ def best_scale(
 
     The gain is the mean probability of the answer steered for, of both signs, on the validation
     items; for open answers, of next to no probability, the mean log-probability, and of the first
-    twelve items, because each takes all the tokens of both answers.
+    twelve items, dealt to the behaviours, because each takes all the tokens of both answers.
     """
     held = run.items("validation") or run.items("train")
     open_ended = "" in run.keys(held)
-    held = held[:12] if open_ended else held
+    if open_ended:
+        part = "validation" if run.items("validation") else "train"
+        each = max(12 // len(run.behaviours), 1)
+        held = [n for name in run.behaviours for n in run.items(part, name)[:each]]
     found = {}
     with torch.no_grad():
         for scale in scales:

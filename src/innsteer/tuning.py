@@ -114,6 +114,9 @@ def tune(
             in-format validation prompts.
         preview: leave the last check out, and say so in the artifact.
 
+    Returns:
+        The steering with this behaviour's curve, and with this behaviour leading.
+
     Raises:
         InputError: a budget that is not above 0; a contrast of another behaviour; ``joint``
             without in-format prompts.
@@ -157,7 +160,7 @@ def tune(
     signs = (1.0, -1.0) if both_ways else (1.0,)
     grid = [0.0, *(sign * fraction * strength for sign in signs for fraction in fractions)]
     if by == "control" and spent >= 0.97 * budget:
-        grid.append(limit)  # what it would cost to go on
+        grid += [sign * limit for sign in signs]  # what it would cost to go on
     doses = []
     for n, value in enumerate(grid):
         progress("dose-response", n, len(grid))
@@ -167,7 +170,7 @@ def tune(
     curve = Calibration(ordered, budget, strength, meter.reference.tokens, preview)
     notes = {"control": control_metric(held), "costs": ["neutral_cost", *halves], "by": by}
     every = {**steering.provenance.get("tuning", {}), contrast.behaviour: notes}
-    return steering.tuned({contrast.behaviour: curve}, tuning=every)
+    return steering.tuned({contrast.behaviour: curve}, tuning=every).of(contrast.behaviour)
 
 
 def _in_format(backend: HF, contrast: Contrast, sites: Sequence[Site]) -> Meter:
@@ -238,16 +241,20 @@ def _enough(
     A gate may leave all else alone, so that cost comes late and from a few prompts, long after the
     items have all moved; a map without one has its effect where it spends the budget. The effect is
     what an answer's probability gains: its share of both may be right while neither is ever said.
+    Open answers, whose preference is near 1 far below the budget, get the whole budget if they can.
 
     Raises:
         BudgetError: the budget is not spent, and no strength has an effect either.
     """
-    tried = [strength for strength in (0.5, 1.0, 2.0, 4.0) if strength < limit / 1.5]
-    if spent >= 0.97 * budget:
-        tried.append(limit)
+    bounded = spent >= 0.97 * budget
+    most = limit / 1.5 if bounded else limit
+    tried = [strength for strength in (0.5, 1.0, 2.0, 4.0) if strength <= most]
+    if bounded and (items.kind == "open" or not tried):
+        return limit
+    tried += [limit] if bounded or not tried else []
     effects: dict[float, float] = {}
     base = _said(scored([edit(0.0)]), items)
-    for strength in tried if len(tried) > 1 else ():
+    for strength in tried:
         moved: list[float] = []
         said = _said(scored([edit(strength)], displacement=moved), items)
         if any(moved):
@@ -255,7 +262,7 @@ def _enough(
     best = max(effects.values(), default=0.0)
     if best > 0:
         return min(strength for strength, effect in effects.items() if effect >= 0.98 * best)
-    if spent >= 0.97 * budget:
+    if bounded:
         return limit
     raise _unspent(budget, f"strength {limit:g} costs {spent:.3g}")
 

@@ -1081,7 +1081,7 @@ def test_a_shear_that_reads_the_prompt_takes_another_behaviour():
     first, second = (
         replace(acts.where(behaviour=[name, ""]), behaviours=(name,)) for name in acts.behaviours
     )
-    method = INNSteer(**AIM)
+    method = INNSteer(**AIM, write=WIDE - 3)
     fitted = method.fit(first)
     grown = method.extend(fitted, second)[Site(3)]
     h, context = acts.values[Site(3)], acts.context[Site(3)]

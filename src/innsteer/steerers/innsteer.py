@@ -23,7 +23,7 @@ from innsteer.flows import (
     coupling_stack,
 )
 from innsteer.interventions import Latent, trainable
-from innsteer.shears import Reads, ShearFit, freeze_gates, joined, sharpen
+from innsteer.shears import Reads, ShearFit, freeze_gates, joined, plain, sharpen
 from innsteer.site import Site
 from innsteer.steerer import Interventions, Runner, Steerer, side_means
 from innsteer.training import best_scale, lessons, teach, train_through
@@ -277,6 +277,11 @@ class INNSteer(Steerer):
         """
         return joined(fitted, self._shear.beside(fitted, acts, seed=seed))
 
+    def check_extends(self, fitted: Interventions) -> None:
+        """Only shears without couplings can grow."""
+        for site, part in fitted.items():
+            plain(site, part)
+
     def extend_through(self, fitted: Interventions, run: Runner, *, seed: int = 0) -> Interventions:
         """Add a run's behaviours to fitted shears; how sharp and how far, its validation says.
 
@@ -285,6 +290,7 @@ class INNSteer(Steerer):
         Raises:
             InputError: a map that is no plain shear, or a run at other sites.
         """
+        self.check_extends(fitted)
         new = self._shear.beside(fitted, run.rows(), seed=seed)
         self._dial(run, new)
         return joined(fitted, new)
