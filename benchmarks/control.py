@@ -530,9 +530,13 @@ def paraphrased(cell: Cell, data: Path, each: int = 40) -> Through:
 def measure(cell: Cell, data: Path, arms: Sequence[str], path: Path, said: int) -> None:
     """All arms of a cell, each written when it ends."""
     kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    template = TEMPLATES[cell.name.split("/")[1].partition("+")[0]]
+    if kept.get("cell", {}).get("wording", template) != template:
+        raise SystemExit(f"{path} holds another wording of that name; expected {template!r}")
     if "cell" not in kept:
         base = chosen(cell.run, None, "test", 0.0)
         kept["cell"] = {
+            "wording": template,
             "alignment": alignment(base),
             "mass": float(np.mean(np.array(base["match"]) + np.array(base["other"]))),
             "items": base,

@@ -83,8 +83,9 @@ def main() -> None:
     found: dict[str, Any] = {}
     if RESULTS.is_file():
         kept = json.loads(RESULTS.read_text())
-        if (kept["wording"], kept["counts"]) == (given.wording, counts):
-            found = kept["behaviours"]
+        if (kept["wording"], kept["counts"]) != (given.wording, counts):
+            raise SystemExit(f"{RESULTS} holds another wording or other counts; move it away first")
+        found = kept["behaviours"]
     backend, like = HF(load_model("smollm2")), None
     stems = sorted({path.name.split(".")[0] for path in given.data.glob("*.jsonl*")})
     for name in stems:
