@@ -250,7 +250,7 @@ def dose(cell: Cell, maps: Interventions, sign: float, start: float) -> dict[str
             gains[strength] = gain if sign > 0 else 1 - gain
             said[strength] = float(np.mean(got["match" if sign > 0 else "other"]))
         # Of those that align alike, the one whose answer is said most.
-        alike = [value for value in gains if gains[value] >= max(gains.values()) - 0.005]
+        alike = [value for value in gains if gains[value] >= max(gains.values()) - 0.01]
         strength = max(alike, key=lambda value: said[value])
         # The last check, on all validation tokens.
         for _ in range(4):

@@ -4,7 +4,7 @@
 
 Closed form with its strength and sharpness chosen on 100 validation statements, no polish, at
 strength 1 and -1, on 200 test statements; the smaller set lies inside the larger. Gain: alignment
-less the unsteered model's, towards. Behaviours are written one by one to results/statements.json,
+less the unsteered model's, towards. Beside it, how often a statement's length alone tells its key. Behaviours are written one by one to results/statements.json,
 so an interrupted run goes on where it stopped.
 """
 
@@ -50,6 +50,21 @@ def measured(
     return found, like
 
 
+def by_length(data: Path, name: str) -> float:
+    """Test accuracy of the key by the number of words alone, its threshold set on training."""
+    contrast = persona.contrast(control.persona_file(data, name), wording="{statement}")
+
+    def part(split: str) -> tuple[np.ndarray, np.ndarray]:
+        items = contrast.part(split).items
+        words = np.array([len(str(item.prompt).split()) for item in items])
+        return words, np.array([item.key == "Yes" for item in items])
+
+    words, keys = part("train")
+    edge = max(range(1, 40), key=lambda count: ((words >= count) == keys).mean())
+    words, keys = part("test")
+    return float(((words >= edge) == keys).mean())
+
+
 def figures(found: dict[str, Any], counts: list[int]) -> list[dict[str, Any]]:
     """Means over behaviours, and the ratio of gains at the first and the last count."""
     values = list(found.values())
@@ -88,11 +103,12 @@ def main() -> None:
         found = kept["behaviours"]
     backend, like = HF(load_model("smollm2")), None
     stems = sorted({path.name.split(".")[0] for path in given.data.glob("*.jsonl*")})
+    lengths = [[by_length(given.data, name)] for name in stems]
+    told = control.figure("key by the number of words", lengths, "", "accuracy", len(stems))
     for name in stems:
-        if name in found:
-            continue
-        print(name, file=sys.stderr, flush=True)
-        found[name], like = measured(backend, given.data, name, given.wording, counts, like)
+        if name not in found:
+            print(name, file=sys.stderr, flush=True)
+            found[name], like = measured(backend, given.data, name, given.wording, counts, like)
         write_json(
             RESULTS,
             {
@@ -103,11 +119,11 @@ def main() -> None:
                 "counts": counts,
                 "behaviours": found,
                 "not_run": [stem for stem in stems if stem not in found],
-                "figures": figures(found, counts),
+                "figures": [*figures(found, counts), told],
             },
         )
-        for record in figures(found, counts):
-            print(f"{record['figure']}: {record['value']:.4g} {record['asked']}", file=sys.stderr)
+    for record in [*figures(found, counts), told]:
+        print(f"{record['figure']}: {record['value']:.4g} {record['asked']}", file=sys.stderr)
 
 
 if __name__ == "__main__":
