@@ -4,8 +4,9 @@
 
 Closed form with its strength and sharpness chosen on 100 validation statements, no polish, at
 strength 1 and -1, on 200 test statements; the smaller set lies inside the larger. Gain: alignment
-less the unsteered model's, towards. Beside it, how often a statement's length alone tells its key. Behaviours are written one by one to results/statements.json,
-so an interrupted run goes on where it stopped.
+less the unsteered model's, towards. Beside it, how often a statement's length alone tells its key.
+Behaviours are written one by one to results/statements.json, so an interrupted run goes on where it
+stopped.
 """
 
 import argparse
