@@ -29,16 +29,16 @@ OPEN = 20.0
 class ShearFit:
     """How a shear is set; the fields are INNSteer's of the same names."""
 
-    units: int = 1
-    write: int = 0
-    kappa: float = 2.0
-    gate: bool = True
-    apart: bool = False
-    reads: Reads | None = None
-    shrinkage: float = 0.5
-    quantile: float = 0.02
-    room: float = 0.2
-    slope: float = 12.0
+    units: int
+    write: int
+    kappa: float
+    gate: bool
+    apart: bool
+    reads: Reads | None
+    shrinkage: float
+    quantile: float
+    room: float
+    slope: float
 
     @torch.no_grad()
     def closed_form(self, acts: Activations, site: Site, *, seed: int = 0) -> Latent:
