@@ -204,7 +204,8 @@ def test_every_wording_brings_its_own_rewordings(model):
 
 
 def test_open_behaviours_share_the_items_of_a_line_search(model):
-    run = fitting.through(model, [open_pairs(), replace(open_pairs(), behaviour="second")], [SITE])
+    many = open_pairs(parts=("train", "train", *["validation"] * 13))
+    run = fitting.through(model, [many, replace(many, behaviour="second")], [SITE])
     asked = []
     real = run.answers
 
