@@ -72,8 +72,8 @@ class Calibration:
 
         Between measured strengths the root of the cost is interpolated: for small edits the cost
         grows with the square of the strength. The budget in nats is "budget" itself, the strength
-        that is sure to stay within it and whose own mean cost lies somewhat lower, unless that
-        strength was chosen far below the budget.
+        that is sure to stay within it and whose own mean cost lies somewhat lower; not where that
+        was chosen far below the budget.
 
         Raises:
             InputError: not one of these. BudgetError: a cost beyond the measured curve, or in a

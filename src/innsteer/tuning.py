@@ -107,8 +107,7 @@ def tune(
     Args:
         model: or a backend, which keeps the neutral continuations for the next steering.
         contrast: control is measured on its validation part; of a behaviour that is steered.
-        budget: nats per token. fractions: of the found strength, for the curve; where far less
-            than the budget is spent, the strength that would spend it is measured too.
+        budget: nats per token. fractions: of the found strength, for the curve.
         both_ways: measure negative strengths too.
         joint: hold the in-format half of the cost to the budget as well, on the behaviour's own
             in-format validation prompts.
@@ -159,8 +158,6 @@ def tune(
         strength = _check({"neutral_cost": meter, **halves}, edit, strength, budget, progress)
     signs = (1.0, -1.0) if both_ways else (1.0,)
     grid = [0.0, *(sign * fraction * strength for sign in signs for fraction in fractions)]
-    if by == "control" and spent >= 0.97 * budget:
-        grid += [sign * limit for sign in signs]  # what it would cost to go on
     doses = []
     for n, value in enumerate(grid):
         progress("dose-response", n, len(grid))
