@@ -263,7 +263,7 @@ def test_page_marks_previews_and_what_has_no_dial(report, page):
 
 def test_finding_says_what_moved_by_how_much_and_what_ties(report):
     assert report.finding() == (
-        "At 0.0953 nats per token INNSteer moves the share of negative answers from 3 % to 41 % "
+        "Within 0.0953 nats per token INNSteer moves the share of negative answers from 3 % to 41 % "
         "(+38 points, 95 % interval 29 to 47). "
         "DiffMean ties at 36 % (intervals overlap). "
         "Prompt only stands at 62 %, at its own cost of 0.412 nats per token. "

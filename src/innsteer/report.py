@@ -123,7 +123,7 @@ class Report:
     def _headline(self, best: Figure, plain: Figure | None, what: str) -> str:
         step = self.figure(best.arm, self.control, plain.arm) if plain else None
         move = f"{write(plain).value} to {write(best).value}" if plain else write(best).value
-        at = f"At {short(self.budget)} nats per token " if self.budget else ""
+        at = f"Within {short(self.budget)} nats per token " if self.budget else ""
         words = f"{at}{arm_title(best.arm)} "
         words += f"moves the {what} from {move}" if plain else f"brings the {what} to {move}"
         if step is None:
