@@ -263,8 +263,8 @@ def test_page_marks_previews_and_what_has_no_dial(report, page):
 
 def test_finding_says_what_moved_by_how_much_and_what_ties(report):
     assert report.finding() == (
-        "Within 0.0953 nats per token INNSteer moves the share of negative answers from 3 % to 41 % "
-        "(+38 points, 95 % interval 29 to 47). "
+        "Within 0.0953 nats per token INNSteer moves the share of negative answers from 3 % to "
+        "41 % (+38 points, 95 % interval 29 to 47). "
         "DiffMean ties at 36 % (intervals overlap). "
         "Prompt only stands at 62 %, at its own cost of 0.412 nats per token. "
         "Random direction stands at 4 %, at its own cost of 0.0931 nats per token."
@@ -277,7 +277,7 @@ def test_finding_never_ranks_an_arm_over_the_budget(report):
         replace(f, value=cells.get((f.arm, f.metric, f.against), f.value)) for f in report.figures
     )
     over = replace(report, figures=dear)
-    assert over.finding().startswith("At 0.0953 nats per token DiffMean moves")
+    assert over.finding().startswith("Within 0.0953 nats per token DiffMean moves")
     assert "INNSteer is over the budget and not ranked." in over.finding()
     assert "over budget, not ranked" in over.html() and "INNSteer (over budget)" in over.text()
 
