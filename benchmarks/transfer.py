@@ -81,7 +81,7 @@ def free(backend: HF, run: Through, maps: Interventions | None, strength: float)
     return auroc(*likely(backend, run, maps, strength))
 
 
-def known(backend: HF, run: Through, maps: Interventions | None, strength: float) -> list[float]:
+def knows(backend: HF, run: Through, maps: Interventions | None, strength: float) -> list[float]:
     """Per question whether the right answer is likelier."""
     right, wrong = likely(backend, run, maps, strength)
     return [float(value) for value in right > wrong]
@@ -142,7 +142,7 @@ def main() -> None:
         for key, run in runs.items():
             note(f"{name}: unsteered, {key}", shares(run, None, 0.0), "", "probability")
         note(f"{name}: unsteered, free text", [free(backend, text_run, None, 0.0)], "", "AUC", 80)
-        note(f"{name}: unsteered, capability", known(backend, quiz, None, 0.0), "", "share")
+        note(f"{name}: unsteered, capability", knows(backend, quiz, None, 0.0), "", "share")
         for side in SIDES:
             words = instruction(behaviour, side)
             for key, one in {"own": own, "A/B": pairs}.items():
@@ -162,7 +162,7 @@ def main() -> None:
                     note(place, shares(run, maps, strength), "", "probability")
                 value = free(backend, text_run, maps, strength)
                 note(f"{name}: {arm}, free text, {side}", [value], "", "AUC", 80)
-                right = known(backend, quiz, maps, strength)
+                right = knows(backend, quiz, maps, strength)
                 note(f"{name}: {arm}, capability, {side}", right, "", "share")
                 more = [s / b for s, b in zip(bits(backend, maps, strength), plain, strict=True)]
                 bar = "<= 1.015" if arm == "innsteer" else ""
