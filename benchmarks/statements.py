@@ -104,8 +104,9 @@ def main() -> None:
         found = kept["behaviours"]
     backend, like = HF(load_model("smollm2")), None
     stems = sorted({path.name.split(".")[0] for path in given.data.glob("*.jsonl*")})
-    lengths = [[by_length(given.data, name)] for name in stems]
-    told = control.figure("key by the number of words", lengths, "", "accuracy", len(stems))
+    words = {name: by_length(given.data, name) for name in stems}
+    parts = [[value] for value in words.values()]
+    told = control.figure("key by the number of words", parts, "", "accuracy", len(stems))
     for name in stems:
         if name not in found:
             print(name, file=sys.stderr, flush=True)
@@ -119,6 +120,7 @@ def main() -> None:
                 "wording": given.wording,
                 "counts": counts,
                 "behaviours": found,
+                "key_by_the_number_of_words": words,
                 "not_run": [stem for stem in stems if stem not in found],
                 "figures": [*figures(found, counts), told],
             },

@@ -15,7 +15,7 @@ from innsteer.backends.hf import HF
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError, LeakError, MismatchError
-from innsteer.files import canonical, read_json, require_absent, write_json
+from innsteer.files import read_json, require_absent, write_json
 from innsteer.fingerprint import Fingerprint
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span, Where
@@ -147,11 +147,7 @@ def through(
     backend = model if isinstance(model, HF) else HF(model)
     contrasts = each(contrast)
     parts = [_fitted_part(one) for one in contrasts]
-    bare = tuple(unmoved or ())
-    if unmoved is None:
-        asked = (prompt for one in contrasts for prompt in suites.in_format(one, "fit"))
-        # Behaviours of one wording share theirs.
-        bare = tuple({canonical(prompt.conversation): prompt for prompt in asked}.values())
+    bare = suites.in_format_of(contrasts, "fit") if unmoved is None else tuple(unmoved)
     plain = suites.unmoved("fit", "{statement}")[::4]
     references = [
         *([backend.reference(bare, None)] if bare else []),

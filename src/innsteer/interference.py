@@ -126,8 +126,7 @@ def interference(
     edits = [steering.edit({name: strength}) for name, strength in settled.items()]
     mix = steering.edit(settled)
     meters = [control_meter(backend, one, sites) for one in parts]
-    asked = (prompt for one in contrasts for prompt in suites.in_format(one, part))
-    looks = list({str(prompt.conversation): prompt for prompt in asked}.values())
+    looks = suites.in_format_of(contrasts, part)
     plain = suites.neutral(part)[: max(tokens // 16, 8)]
     neutral = backend.reference(plain, Sampling(24, 1.0, seed), progress=progress)
     cost = backend.meter(neutral.part(tokens), sites)

@@ -290,7 +290,6 @@ class INNSteer(Steerer):
         Raises:
             InputError: a map that is no plain shear, or a run at other sites.
         """
-        self.check_extends(fitted)
         new = self._shear.beside(fitted, run.rows(), seed=seed)
         self._dial(run, new)
         return joined(fitted, new)

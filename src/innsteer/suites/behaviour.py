@@ -12,6 +12,7 @@ from innsteer import contrast as contrasts
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.contrast import Contrast
 from innsteer.errors import DataError, InputError
+from innsteer.files import canonical
 from innsteer.formats import Conversation, messages
 
 
@@ -141,6 +142,12 @@ def in_format(behaviour: str | Contrast, part: str) -> tuple[Prompt, ...]:
     first = behaviour.items[0].prompt
     asked = unmoved(part, wording(behaviour)) if first else ()
     return tuple(replace(ask, conversation=reask(first, str(ask.conversation))) for ask in asked)
+
+
+def in_format_of(contrasts: Sequence[Contrast], part: str) -> tuple[Prompt, ...]:
+    """The in-format prompts of several behaviours; those of one wording share theirs."""
+    asked = (prompt for contrast in contrasts for prompt in in_format(contrast, part))
+    return tuple({canonical(prompt.conversation): prompt for prompt in asked}.values())
 
 
 def unmoved(part: str, template: str) -> tuple[Prompt, ...]:
