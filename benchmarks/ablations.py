@@ -27,9 +27,11 @@ from innsteer.activations import Activations
 from innsteer.backends.hf import HF
 from innsteer.files import write_json
 from innsteer.models import load_model
+from innsteer.site import Site
 from innsteer.steerer import Interventions
 
 RESULTS = control.HERE / "results" / "ablations.json"
+HERE = (control.SITE.layer,)
 TARGET: dict[str, Any] = {"objective": "target", "polish": 0}
 TAUGHT: dict[str, Any] = {**TARGET, "family": "translation", "epochs": 60}
 TERMS = ("transport", "direction", "likelihood", "log_det")
@@ -74,6 +76,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "translation, mixing lu": {**TAUGHT, "mixing": "lu"},
     **{f"shear, {n} statements": {**TARGET, "statements": n} for n in (25, 50, 100, 200, 400)},
     **{f"shear, seed {n}": {**TARGET, "polish": 40, "seed": n} for n in (1, 2)},
+    "shear, map in bfloat16": {**TARGET, "dtype": torch.bfloat16},
+    "translation, map in bfloat16": {**TAUGHT, "dtype": torch.bfloat16},
+    **{f"shear, layer {n}": {**TARGET, "layers": (n,)} for n in (7, 11, 19, 23)},
+    "shear, layers 11, 15, 19": {**TARGET, "layers": (11, 15, 19)},
+    "shear, layers 11, 15, 19, polish 40": {**TARGET, "polish": 40, "layers": (11, 15, 19)},
 }
 
 
@@ -95,12 +102,17 @@ def few(acts: Activations, count: int) -> Activations:
 
 def fitted(cell: control.Cell, fields: Mapping[str, Any]) -> Interventions:
     """A variant's map."""
-    own = dict(fields)
-    count, seed = own.pop("statements", 0), own.pop("seed", 0)
+    own = {name: value for name, value in fields.items() if name != "layers"}
+    count, seed, dtype = (own.pop(name, 0) for name in ("statements", "seed", "dtype"))
     method = steerer.get("innsteer", **own)
     if own["polish"]:
         return method.fit_through(cell.fit, seed=seed)
-    return method.fit(few(cell.acts, count) if count else cell.acts, seed=seed)
+    maps = method.fit(few(cell.acts, count) if count else cell.acts, seed=seed)
+    if dtype:
+        for _, part in maps.to(dtype).items():
+            # The library computes in float32 at least; here it may not.
+            part.compute_dtype = lambda h: dtype  # type: ignore[method-assign]
+    return maps
 
 
 def main() -> None:
@@ -110,18 +122,23 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("--cell", default="desire-for-acquiring-wealth/second/0")
-    parser.add_argument("--only", default="", help="variants whose name starts so")
+    parser.add_argument("--only", default="", help="variants whose name starts so; several apart by \"; \"")
     asked = parser.parse_args()
     path = control.file_of(f"ablations/{asked.cell}")
     kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    wanted = [name for name in VARIANTS if name.startswith(asked.only)]
-    if any(name not in kept for name in wanted):
-        cell = control.open_cell(HF(load_model("smollm2")), asked.data, asked.cell, 600)
-        for name in wanted:
-            if name not in kept:
-                print(name, file=sys.stderr, flush=True)
-                kept[name] = measured(cell, VARIANTS[name])
-                control.keep(path, kept)
+    wanted = [name for name in VARIANTS if name.startswith(tuple(asked.only.split("; ")))]
+    cell, layers = None, ()
+    for name in wanted:
+        if name in kept:
+            continue
+        if cell is None or layers != VARIANTS[name].get("layers", HERE):
+            layers = VARIANTS[name].get("layers", HERE)
+            sites = [Site(n) for n in layers]
+            backend = cell.backend if cell else HF(load_model("smollm2"))
+            cell = control.open_cell(backend, asked.data, asked.cell, 600, sites=sites)
+        print(name, file=sys.stderr, flush=True)
+        kept[name] = measured(cell, VARIANTS[name])
+        control.keep(path, kept)
     write_json(
         RESULTS,
         {

@@ -22,7 +22,8 @@ import platform
 import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ from innsteer import load_model, steerer
 from innsteer.activations import Activations
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF, Reference
+from innsteer.backends.lora import Adapted, LoRA
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.files import write_json
@@ -60,8 +62,12 @@ TEMPLATES = {name: suites.questions()[name] for name in ("second", "original")}
 # These behaviours first, then the rest in the order of the alphabet.
 FIRST = ("desire-for-acquiring-wealth", "desire-for-acquiring-power", "agreeableness")
 POLISH = 40
+LORA_STEPS = 90
 MINUTES = 30
 """What a cell takes on one core, for the plan."""
+
+
+Maps = Interventions | LoRA
 
 
 # --- a cell --------------------------------------------------------------------------------------
@@ -108,7 +114,14 @@ def references(backend: HF) -> dict[str, Reference]:
     return found
 
 
-def open_cell(backend: HF, data: Path, name: str, train: int, like: Through | None = None) -> Cell:
+def open_cell(
+    backend: HF,
+    data: Path,
+    name: str,
+    train: int,
+    like: Through | None = None,
+    sites: Sequence[Site] = (SITE,),
+) -> Cell:
     behaviour, wording, seed = name.split("/")
     source = persona_file(data, behaviour)
     asked, _, more = wording.partition("+")
@@ -120,7 +133,7 @@ def open_cell(backend: HF, data: Path, name: str, train: int, like: Through | No
         contrast = augmented(contrast, TEMPLATES[asked], int(more))
         groups["fit"] = mixed(groups["fit"], asked, int(more))
     every = {part: backend.reference(prompts, None) for part, prompts in groups.items()} | neutral
-    run = Through(backend, [contrast], [SITE], list(every.values()), like=like, progress=say)
+    run = Through(backend, [contrast], sites, list(every.values()), like=like, progress=say)
     places, start = {}, 0
     for part, reference in every.items():
         places[part] = list(range(start, start + len(reference.ids)))
@@ -168,11 +181,26 @@ def say(stage: str, done: int, total: int) -> None:
 # --- what is measured ----------------------------------------------------------------------------
 
 
-def chosen(run: Through, maps: Interventions | None, part: str, strength: float) -> dict[str, Any]:
+def runner(run: Through, maps: Maps | None) -> Through:
+    """What runs an arm: a LoRA changes the model itself."""
+    return Adapted(run) if isinstance(maps, LoRA) else run
+
+
+@contextmanager
+def steered(maps: Maps | None, strength: float) -> Iterator[list[Edit]]:
+    """The edits of a strength, or the model so adapted."""
+    if isinstance(maps, LoRA):
+        with maps.at(strength):
+            yield []
+    else:
+        yield [] if maps is None else [Edit(maps, torch.tensor([float(strength)]))]
+
+
+def chosen(run: Through, maps: Maps | None, part: str, strength: float) -> dict[str, Any]:
     """Per item of a part: probability of the matching answer, and of the other."""
     items = run.items(part)
     with torch.no_grad():
-        found = run.answers(maps, items, [strength] * len(items))
+        found = runner(run, maps).answers(maps, items, [strength] * len(items))
     return {
         "match": found.target.exp().tolist(),
         "other": found.source.exp().tolist(),
@@ -187,7 +215,7 @@ def alignment(found: Mapping[str, Any]) -> float:
     return float(np.mean([share[keys == key].mean() for key in sorted(set(keys))]))
 
 
-def nats(cell: Cell, maps: Interventions, part: str, strength: float, most: int = 0) -> np.ndarray:
+def nats(cell: Cell, maps: Maps, part: str, strength: float, most: int = 0) -> np.ndarray:
     """KL(base || steered) of every counted token of a part; of its first ``most`` tokens."""
     places, tokens = cell.places[part], 0
     if most:
@@ -199,7 +227,8 @@ def nats(cell: Cell, maps: Interventions, part: str, strength: float, most: int 
             tokens += cell.run.tokens(place)
         places = kept
     with torch.no_grad():
-        return cell.run.divergence(maps, places, torch.tensor([float(strength)])).numpy()
+        found = runner(cell.run, maps).divergence(maps, places, torch.tensor([float(strength)]))
+    return found.numpy()
 
 
 def upper(values: np.ndarray) -> float:
@@ -225,7 +254,7 @@ def largest(cost: Callable[[float], float], start: float, most: float = 64.0) ->
     return low
 
 
-def dose(cell: Cell, maps: Interventions, sign: float, start: float) -> dict[str, float]:
+def dose(cell: Cell, maps: Maps, sign: float, start: float) -> dict[str, float]:
     """Strength per budget: the best validation alignment within it, and of equals the most said."""
 
     def neutral(strength: float) -> float:
@@ -265,7 +294,7 @@ def dose(cell: Cell, maps: Interventions, sign: float, start: float) -> dict[str
     return found
 
 
-def measured(cell: Cell, maps: Interventions, strength: float) -> dict[str, Any]:
+def measured(cell: Cell, maps: Maps, strength: float) -> dict[str, Any]:
     """Everything of the test part at one strength."""
     found = chosen(cell.run, maps, "test", strength)
     costs = {part: nats(cell, maps, part, strength) for part in ("test", "neutral_test")}
@@ -298,12 +327,12 @@ def wordings_of(run: Through) -> list[list[bool]]:
     return [[name == wording for name in names] for wording in sorted(set(names))]
 
 
-def spoken(cell: Cell, maps: Interventions | None, strength: float, count: int) -> float:
+def spoken(cell: Cell, maps: Maps | None, strength: float, count: int) -> float:
     """Said alignment of sampled answers (16 tokens, temperature 1)."""
     items = [cell.run.item(number) for number in cell.run.items("test")[:count]]
     prompts = [Prompt(item.id, item.prompt) for item in items]
-    edits = [] if maps is None else [Edit(maps, torch.tensor([float(strength)]))]
-    answers = cell.backend.generate(prompts, edits, Sampling(16, 1.0, cell.seed))
+    with steered(maps, strength) as edits:
+        answers = cell.backend.generate(prompts, edits, Sampling(16, 1.0, cell.seed))
     kinds = [
         answer.__class__(**vars(answer) | {"key": item.key, "strength": strength})
         for answer, item in zip(answers, items, strict=True)
@@ -315,7 +344,7 @@ def spoken(cell: Cell, maps: Interventions | None, strength: float, count: int) 
 
 # --- arms ----------------------------------------------------------------------------------------
 
-Fit = Callable[[Cell], Interventions]
+Fit = Callable[[Cell], Maps]
 
 
 def rows(name: str, **fields: Any) -> Fit:
@@ -429,6 +458,19 @@ def random_direction(cell: Cell) -> Interventions:
     return Interventions({SITE: shift})
 
 
+def adapters(cell: Cell) -> LoRA:
+    """LoRA (r = 8, query and value of every block), both signs, stopped by validation.
+
+    Its batches are smaller than the others', because every token of a prompt has to run.
+    """
+    lora = LoRA(cell.backend.model, seed=cell.seed)
+    train_through(
+        Adapted(cell.fit, held=48), lora,
+        steps=LORA_STEPS, batch=8, unmoved_batch=4, learning_rate=1e-3, seed=cell.seed,
+    )  # fmt: skip
+    return lora
+
+
 ARMS: dict[str, Fit] = {
     "random_direction": random_direction,
     "innsteer": through("innsteer", objective="target"),
@@ -449,6 +491,7 @@ ARMS: dict[str, Fit] = {
     "linear_act": rows("linear_act"),
     "odesteer": rows("odesteer", components=2000),
     "diffmean": rows("diffmean"),
+    "lora": adapters,
     "innsteer_paper": rows("innsteer", subspace=64),
     "innsteer_translation": rows("innsteer", objective="target", family="translation", epochs=60),
     "innsteer_couplings": rows("innsteer", objective="target", couplings=4, epochs=60),
@@ -562,6 +605,8 @@ def measure(cell: Cell, data: Path, arms: Sequence[str], path: Path, said: int) 
             if said and arm in SPOKEN:
                 strength = record[f"both_{side}"]["strength"]
                 record[f"said_{side}"] = spoken(cell, maps, strength, said)
+        if isinstance(maps, LoRA):
+            maps.remove()
         record["seconds"] = time.perf_counter() - started
         kept[arm] = record
         keep(path, kept)

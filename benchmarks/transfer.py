@@ -28,8 +28,6 @@ from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.files import write_json
 from innsteer.gating import auroc
-from innsteer.interventions import Edit
-from innsteer.steerer import Interventions
 from innsteer.suites import behaviour as suites
 from innsteer.suites import capability, persona
 
@@ -50,7 +48,7 @@ def asked(contrast: Contrast, words: str) -> Contrast:
     return replace(contrast, items=items, builtin=False)
 
 
-def shares(run: Through, maps: Interventions | None, strength: float) -> list[float]:
+def shares(run: Through, maps: control.Maps | None, strength: float) -> list[float]:
     """Per item the share of the matching answer."""
     found = control.chosen(run, maps, "test", strength)
     match, other = np.array(found["match"]), np.array(found["other"])
@@ -59,12 +57,12 @@ def shares(run: Through, maps: Interventions | None, strength: float) -> list[fl
 
 
 def likely(
-    backend: HF, run: Through, maps: Interventions | None, strength: float
+    backend: HF, run: Through, maps: control.Maps | None, strength: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean log-probability per token of each item's target and source."""
     items = run.items("test")
     with torch.no_grad():
-        found = run.answers(maps, items, [strength] * len(items))
+        found = control.runner(run, maps).answers(maps, items, [strength] * len(items))
     means = []
     for side, total in (("target", found.target), ("source", found.source)):
         lengths = []
@@ -76,22 +74,22 @@ def likely(
     return means[0], means[1]
 
 
-def free(backend: HF, run: Through, maps: Interventions | None, strength: float) -> float:
+def free(backend: HF, run: Through, maps: control.Maps | None, strength: float) -> float:
     """AUC of matching against other statements, by mean log-probability per token."""
     return auroc(*likely(backend, run, maps, strength))
 
 
-def knows(backend: HF, run: Through, maps: Interventions | None, strength: float) -> list[float]:
+def knows(backend: HF, run: Through, maps: control.Maps | None, strength: float) -> list[float]:
     """Per question whether the right answer is likelier."""
     right, wrong = likely(backend, run, maps, strength)
     return [float(value) for value in right > wrong]
 
 
-def bits(backend: HF, maps: Interventions | None, strength: float) -> list[float]:
+def bits(backend: HF, maps: control.Maps | None, strength: float) -> list[float]:
     """Bits per byte of each held-out plain text."""
-    edits = [] if maps is None else [Edit(maps, torch.tensor([strength]))]
     texts = suites.plain()
-    totals = backend.score_text(texts, edits)
+    with control.steered(maps, strength) as edits:
+        totals = backend.score_text(texts, edits)
     return [
         -total / np.log(2) / len(text.encode()) for total, text in zip(totals, texts, strict=True)
     ]
@@ -167,6 +165,8 @@ def main() -> None:
                 more = [s / b for s, b in zip(bits(backend, maps, strength), plain, strict=True)]
                 bar = "<= 1.015" if arm == "innsteer" else ""
                 note(f"{name}: {arm}, bits per byte over unsteered, {side}", more, bar, "ratio")
+            if isinstance(maps, control.LoRA):
+                maps.remove()
         write_json(
             RESULTS,
             {

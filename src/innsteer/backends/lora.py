@@ -1,0 +1,160 @@
+"""LoRA, the arm that changes weights: adapters by peft, their scale is the strength.
+
+No intervention: it moves every token of the prompt as well, so nothing computed below it can be
+kept. It stands in comparisons beside the steerers, trained by the same trainer.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from innsteer.backends.through import Through
+from innsteer.errors import InputError
+from innsteer.models import LanguageModel
+
+WHOLE = 4096
+"""Tokens per pass; all of a prompt's are computed."""
+
+
+class LoRA(nn.Module):
+    """Low-rank adapters in a model's linear maps: W' = W + strength * (alpha / r) * B A.
+
+    They are placed in the model itself and are off but inside ``at``; ``remove`` takes them out.
+    B starts at 0, so an untrained LoRA changes nothing at any strength. Its parameters are those of
+    the adapters alone.
+
+    Args:
+        model: of ``load_model``; its own weights are frozen.
+        rank: r of A ``[r, d_in]`` and B ``[d_out, r]``.
+        alpha: the scale at strength 1 is alpha / r.
+        targets: names of the linear maps, in every block.
+        seed: of A.
+
+    Raises:
+        InputError: peft is not installed.
+
+    Source: LoRA: Low-Rank Adaptation of Large Language Models, eq. 3,
+    https://arxiv.org/abs/2106.09685
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        rank: int = 8,
+        alpha: int = 16,
+        targets: Sequence[str] = ("q_proj", "v_proj"),
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        try:
+            import peft
+            from peft.tuners.lora import LoraLayer
+        except ImportError as error:
+            raise InputError(
+                "LoRA without peft", expected="peft", remedy="pip install 'innsteer[peft]'"
+            ) from error
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            # In a tuple: as a submodule it would bring the whole model's parameters along.
+            self._peft: tuple[Any] = (peft.get_peft_model(model.model, config),)
+        self._layers = [part for part in self._peft[0].modules() if isinstance(part, LoraLayer)]
+        own = [part for part in self._peft[0].parameters() if part.requires_grad]
+        self.weights = nn.ParameterList(own)
+        self._unit = alpha / rank
+        self._set(0.0)
+
+    def _set(self, strength: float) -> None:
+        for layer in self._layers:
+            layer.enable_adapters(strength != 0)
+            layer.scaling["default"] = strength * self._unit
+        # Off, peft also takes their gradients away.
+        self.weights.requires_grad_(True)
+
+    @contextmanager
+    def at(self, strength: float) -> Iterator[None]:
+        """The model with its adapters at a strength; 0 = as it was, bit for bit."""
+        self._set(strength)
+        try:
+            yield
+        finally:
+            self._set(0.0)
+
+    def remove(self) -> None:
+        """Take the adapters out of the model."""
+        self._peft[0].unload()
+
+
+class Adapted(Through):
+    """A run whose edits are a LoRA's: whole prompts, each row at its own strength of one behaviour.
+
+    Args:
+        run: what is asked; its kept prefixes serve the unsteered model.
+        held: so many validation items at most, 0 = all: whole prompts take long.
+    """
+
+    def __init__(self, run: Through, held: int = 0) -> None:
+        vars(self).update(vars(run))
+        self._held = held
+
+    def items(self, split: str = "train", behaviour: str | None = None) -> list[int]:
+        """Numbers of the items of a part; of validation only every n-th where ``held`` says so."""
+        found = super().items(split, behaviour)
+        every = -(-len(found) // self._held) if split == "validation" and self._held else 1
+        return found[::every]
+
+    def _parts(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Places in ``numbers``, in passes of sequences of near-equal length."""
+        lengths = [len(self._sequences[number].ids) for number in numbers]
+        part: list[int] = []
+        for place in sorted(range(len(numbers)), key=lambda place: lengths[place]):
+            if part and (len(part) + 1) * lengths[place] > WHOLE:
+                yield part
+                part = []
+            part.append(place)
+        if part:
+            yield part
+
+    def _run(
+        self, numbers: Sequence[int], interventions: Any, coef: Tensor, *, leaf: bool = False
+    ) -> Tensor:
+        """Logits ``[batch, steered tokens, vocabulary]``, every token under the adapters."""
+        if interventions is None:
+            return super()._run(numbers, None, coef, leaf=leaf)
+        assert isinstance(interventions, LoRA) and coef.shape[-1] == 1
+        found: dict[int, Tensor] = {}
+        for strength in sorted(set(coef[:, 0].tolist())):
+            rows = [row for row, value in enumerate(coef[:, 0].tolist()) if value == strength]
+            with interventions.at(strength):
+                logits = self._whole([numbers[row] for row in rows])
+            found |= dict(zip(rows, logits, strict=True))
+        return nn.utils.rnn.pad_sequence([found[row] for row in range(len(numbers))], True)
+
+    def _whole(self, numbers: Sequence[int]) -> list[Tensor]:
+        """Logits of each sequence's steered tokens; what all sequences share runs once."""
+        sequences = [self._sequences[number] for number in numbers]
+        base, head = self._model.model.base_model, self._model.model.get_output_embeddings()
+        cache = DynamicCache()
+        ids, mask = self._backend._pad([s.ids[self._shared :] for s in sequences], side="right")
+        if self._shared:
+            first = torch.tensor([sequences[0].ids[: self._shared]], device=ids.device)
+            base(first, past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(sequences))
+            mask = torch.cat([mask.new_ones(len(sequences), self._shared), mask], 1)
+        hidden = base(
+            ids,
+            attention_mask=mask,
+            position_ids=(mask.cumsum(-1) - 1)[:, self._shared :],
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        own = [
+            hidden[row, s.start - self._shared : len(s.ids) - self._shared]
+            for row, s in enumerate(sequences)
+        ]
+        return list(torch.split(head(torch.cat(own)), [len(part) for part in own]))
