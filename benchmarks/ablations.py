@@ -122,7 +122,7 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("--cell", default="desire-for-acquiring-wealth/second/0")
-    parser.add_argument("--only", default="", help="variants whose name starts so; several apart by \"; \"")
+    parser.add_argument("--only", default="", help="starts of variants' names, '; ' between")
     asked = parser.parse_args()
     path = control.file_of(f"ablations/{asked.cell}")
     kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
