@@ -576,3 +576,41 @@ def test_the_demo_says_at_once_that_its_scorer_is_missing(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "vaderSentiment.vaderSentiment", None)
     monkeypatch.setattr(demo, "load_model", None)
     refused(run("demo", "--out", "x"), 2, "needs the package 'vaderSentiment'", "pip install")
+
+
+def test_a_model_is_named_with_how_to_load_it(run, fitted):
+    code, out, err = run("doctor", "-m", "model,dtype=bfloat16,device=cpu", "--json")
+    assert code == 0, err
+    assert json.loads(out)["machine"]["dtype"] == "bfloat16"
+    code, _, err = run("doctor", "-m", "model,dytpe=bfloat16")
+    assert code == 2 and "'dytpe'" in err and "did you mean 'dtype'" in err
+    code, _, err = run("doctor", "-m", "model,dtype=float8")
+    assert code == 2 and "dtype 'float8'" in err and "bfloat16" in err
+
+
+# --- doctor --------------------------------------------------------------------------------------
+
+
+def test_doctor_tells_the_machine_the_model_and_every_way(run, fitted):
+    code, out, err = run("doctor", "-m", "model")
+    assert code == 0, err
+    assert "works   beams" in out and "13 of 13 ways hold on model" in out
+    assert following(out)[:2] == ["fit", "critical"]
+    code, out, _ = run("doctor", fitted, "-m", "model", "--json")
+    told = json.loads(out)
+    assert code == 0 and told["machine"]["blocks"] == tiny.LAYERS and told["steering"]["fits"]
+    assert {check["verdict"] for check in told["checks"]} == {"works"}
+
+
+def test_doctor_refuses_a_steering_of_another_model(run, fitted):
+    code, _, err = run("doctor", fitted, "-m", "other")
+    assert code == 3 and "fitted on 'model'" in err
+
+
+def test_doctor_fails_where_a_way_does(run, monkeypatch):
+    from innsteer.hooks import Attachment
+
+    monkeypatch.setattr(Attachment, "_apply", lambda self, site, part, h, index, coef: h)
+    code, out, err = run("doctor", "-m", "model")
+    assert code == 1 and "fails   greedy" in out
+    assert "greedy" in err and "do not run this model that way" in err

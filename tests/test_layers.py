@@ -13,7 +13,7 @@ ROOMS = """
     errors files site groups formats contrast activations fingerprint layout smollm2 models
     flows shelf steerer readouts interventions gating shears training batches hooks steerers
     calibration steering backends metrics suites fitting tuning interference figures pages report
-    evaluation demo cli
+    evaluation demo doctor cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 

@@ -280,6 +280,65 @@ def test_saving_and_loading_keeps_the_fingerprint_and_the_parts(kind, tmp_path):
     assert other.encode("hi") == one.encode("hi")
 
 
+@pytest.fixture
+def saved(tmp_path):
+    one = tiny.tiny_language_model("llama")
+    one.model.save_pretrained(tmp_path)
+    one.tokenizer.save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_a_device_map_is_followed_and_changes_no_fingerprint(saved):
+    plain, spread = load_model(saved), load_model(saved, device_map={"": "cpu"})
+    assert spread.fingerprint.differs(plain.fingerprint) == []
+    assert load_model(saved, device_map="auto", dtype="bfloat16").model.dtype == torch.bfloat16
+
+
+def test_a_device_beside_a_map_and_weights_on_disk_are_refused(saved, tmp_path):
+    with pytest.raises(InputError, match="device 'cpu' beside a device_map"):
+        load_model(saved, device="cpu", device_map="auto")
+    spread = {"model.embed_tokens": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    spread |= {"model.rotary_emb": "cpu"}
+    spread |= {f"model.layers.{n}": "disk" if n == 2 else "cpu" for n in range(tiny.LAYERS)}
+    with pytest.raises(InputError, match=r"on disk; .*without 'disk'|offload"):
+        load_model(saved, device_map=spread)
+
+
+def test_a_quantisation_without_its_library_is_refused_with_the_reason(saved, monkeypatch):
+    from transformers import BitsAndBytesConfig, quantizers
+
+    monkeypatch.setattr(
+        quantizers.quantizer_bnb_8bit, "is_bitsandbytes_available", lambda *_: False
+    )
+    with pytest.raises(InputError, match="requires bitsandbytes"):
+        load_model(saved, quantization=BitsAndBytesConfig(load_in_8bit=True))
+
+
+class Quantised(torch.Tensor):
+    """A weight as quantising libraries keep it: a type of its own, whose bits are not read."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func.__name__ == "flatten":
+            raise NotImplementedError("aten.view of a quantised weight")
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    def dequantize(self):
+        return self.as_subclass(torch.Tensor) * 2
+
+
+def test_a_quantised_weight_counts_by_its_values():
+    def model(weight):
+        part = tiny.tiny_model()
+        part.model.layers[1].mlp.up_proj.weight = nn.Parameter(weight, requires_grad=False)
+        return part
+
+    draw = torch.ones(48, tiny.WIDTH)
+    own = prints(model(draw.as_subclass(Quantised)))
+    assert own.differs(prints(model(2 * draw))) == []
+    assert own.differs(prints(model(draw))) == ["weights"]
+
+
 def test_fingerprint_ignores_library_version_path_kernels_and_padding():
     model, tokenizer = tiny.tiny_model(), tiny.tiny_tokenizer()
     model.config.transformers_version = "4.0"

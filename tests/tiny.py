@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
+    CONFIG_MAPPING,
     AutoModelForCausalLM,
     GPT2Config,
     GPTNeoXConfig,
@@ -42,7 +43,7 @@ def tiny_config(kind: str, **changes: Any) -> PretrainedConfig:
     if kind == "gpt2":
         sizes = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": 4, "n_positions": 512}
         return GPT2Config(**(sizes | ids | changes))
-    if kind == "neox":
+    if kind in ("neox", "gpt_neox"):
         sizes = {
             "hidden_size": WIDTH,
             "intermediate_size": 48,
@@ -51,7 +52,37 @@ def tiny_config(kind: str, **changes: Any) -> PretrainedConfig:
             "max_position_embeddings": 512,
         }
         return GPTNeoXConfig(**(sizes | ids | changes))
-    raise AssertionError(kind)
+    return CONFIG_MAPPING[kind](
+        hidden_size=WIDTH,
+        intermediate_size=48,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        **(ARCHITECTURES[kind] | ids | changes),
+    )
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"head_dim": 8, "sliding_window": 6},
+    "qwen2": {},
+    "qwen3": {"head_dim": 16},
+    "qwen3_moe": {
+        "head_dim": 16,
+        "moe_intermediate_size": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "gemma2": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "gemma3_text": {"head_dim": 8, "sliding_window": 6, "query_pre_attn_scalar": 8},
+    "phi3": {"sliding_window": None},
+    "gpt2": {},
+    "gpt_neox": {},
+    "olmo2": {},
+    "granite": {"residual_multiplier": 0.7, "attention_multiplier": 0.4},
+}
+"""What people bring, by ``model_type``: what its tiny config adds to the common sizes."""
 
 
 def tiny_model(kind: str = "llama", *, seed: int = 0, **changes: Any) -> Any:

@@ -6,6 +6,7 @@ bad input, 3 refused for safety, 130 interrupted.
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable
@@ -32,7 +33,15 @@ app = typer.Typer(
 UsageError: Any = typer.BadParameter.__base__
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
 
-MODEL = Annotated[str, typer.Option("--model", "-m", help="Hub id, folder, GGUF file, or smollm2.")]
+MODEL = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="Hub id, folder, GGUF file or smollm2; then e.g. ,dtype=bfloat16,device=cuda.",
+    ),
+]
+LOADING = ("dtype", "device", "device_map", "revision")
 DATA = Annotated[str, typer.Argument(help="A built-in behaviour, or a .jsonl or .json file.")]
 DATAS = Annotated[
     list[str], typer.Argument(help="Built-in behaviours, or .jsonl or .json files: one each.")
@@ -422,6 +431,56 @@ def inspect(steering: STEERING, as_json: JSON = False) -> None:
 
 
 @app.command()
+def doctor(
+    steering: Annotated[
+        Path | None, typer.Argument(help="Also check a steering's folder against the model.")
+    ] = None,
+    model: MODEL = "",
+    as_json: JSON = False,
+) -> None:
+    """Check this machine, and steer a model in every way that people run it."""
+    from innsteer import doctor as room
+    from innsteer.steering import Steering
+
+    fitted = Steering.load(steering) if steering else None
+    machine = room.machine()
+    with Bars(as_json) as progress:
+        language_model = _base(fitted, model) if fitted else _load(model or "smollm2")
+        found = room.checks(language_model, progress=progress)
+    facts = machine | room.about(language_model)
+    if not as_json:
+        table = Table(show_header=False, box=None)
+        for name, value in facts.items():
+            shown = ", ".join(value) if isinstance(value, list) else value
+            table.add_row(name, _escape(str(shown if shown not in ("", None) else "none")))
+        out.print(table)
+        marks = {"works": "green", "refused": "yellow", "fails": "red"}
+        for check in found:
+            mark = f"[{marks[check.verdict]}]{check.verdict:8}[/]"
+            out.print(f"{mark}{check.name:14} [dim]{_escape(check.note)}[/dim]")
+    failing = [check.name for check in found if check.verdict == "fails"]
+    told = {"machine": facts, "checks": [vars(check) for check in found]}
+    if fitted:
+        told |= {"steering": {"identity": fitted.identity, "fits": True}}
+    text = f"{len(found) - len(failing)} of {len(found)} ways hold on {language_model.name}"
+    if fitted:
+        text += f"; {steering} was fitted on it, and its files match its seal"
+    words = _of(model or (_source(fitted) if fitted else ""))
+    following = (
+        _command("generate", steering, "Hello", *words)
+        if fitted
+        else _command("fit", "critical", *words, "--out", "my-steering")
+    )
+    _done(as_json, told, text, following)
+    if failing:
+        raise InnsteerError(
+            f"{', '.join(failing)}: steering does not do there what it should",
+            expected="what the same edit gives when it is added by hand",
+            remedy="do not run this model that way; report it with innsteer doctor --json",
+        )
+
+
+@app.command()
 def methods(as_json: JSON = False) -> None:
     """List the methods on the shelf."""
     found = shelf.describe()
@@ -520,9 +579,16 @@ class Bars:
 
 
 def _load(model: str) -> Any:
+    """A model from its name and how to load it: NAME,dtype=bfloat16,device=cuda."""
     from innsteer.models import load_model
 
-    return load_model(model)
+    name, how = model, dict[str, Any]()
+    while match := re.fullmatch(r"(.+),(\w+)=([^,=]*)", name):
+        name, key, value = match.groups()
+        if key not in LOADING:
+            raise UnknownName(f"way to load a model in {model!r}:", key, LOADING)
+        how[key] = value
+    return load_model(name, **how)
 
 
 def _of(model: str) -> list[str]:

@@ -125,7 +125,7 @@ def _weights(parameters: Iterable[Tensor]) -> str:
     """
     digest = hashlib.sha256()
     for parameter in parameters:
-        flat = parameter.detach().flatten()
+        flat = _plain(parameter.detach()).flatten()
         total = 0
         for start in range(0, flat.numel(), CHUNK):
             bits = flat[start : start + CHUNK].float().view(torch.int32)
@@ -135,6 +135,11 @@ def _weights(parameters: Iterable[Tensor]) -> str:
         digest.update(f"{tuple(parameter.shape)} {total}\n".encode())
         digest.update(sample.tobytes())
     return digest.hexdigest()
+
+
+def _plain(weight: Tensor) -> Tensor:
+    """A quantised weight by its values: what holds them is a tensor type of some library."""
+    return weight if type(weight) is Tensor else weight.dequantize()
 
 
 def _vocabulary(tokenizer: Any) -> object:

@@ -7,9 +7,10 @@ to no others, so a sequence at strength 0 never passes through any arithmetic.
 
 import inspect
 import sys
+import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -92,6 +93,7 @@ class Attachment:
         self._spoiled: Counter[int] = Counter()
         self._first: int | None = None
         self._stack = ExitStack()
+        self._busy = threading.RLock()
         self._shared = trace is not None
         self.trace = trace if trace is not None else Trace()
         _check(self._layout, self._edits)
@@ -115,7 +117,8 @@ class Attachment:
             for site in sorted({site for edit in self._edits for site in edit.interventions}):
                 stack.callback(self._hook(site).remove)
             for edit in self._edits:
-                edit.interventions.to(self._model.device)
+                for site, part in edit.interventions.items():
+                    part.to(self._device(site))
             stack.callback(self._wrap_generate())
             self._stack = stack.pop_all()
         return self
@@ -137,7 +140,8 @@ class Attachment:
 
         Planned on the CPU in a handful of calls, whatever the batch: a pass of decoding waits here.
         """
-        positions, real, start = _positions(call)
+        with self._alone():
+            positions, real, start = _positions(call)
         batch, time = positions.shape
         self._admit(call.get("past_key_values"), start)
         if start == 0 or len(self.trace.steered) != batch:
@@ -270,7 +274,27 @@ class Attachment:
             return new.reshape(h.shape)
         return flat.index_copy(0, index.to(flat.device), new).reshape(h.shape)
 
+    def _device(self, site: Site) -> torch.device:
+        """Where a site's rows are computed: a model may be spread over devices."""
+        weight = next(self._layout.blocks[site.layer].module.parameters(), None)
+        device: torch.device = self._model.device if weight is None else weight.device
+        return device
+
     # --- generate --------------------------------------------------------------------------------
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Refuse a second thread: positions and coefficients are those of one call at a time."""
+        if not self._busy.acquire(blocking=False):
+            raise RefusedError(
+                "a second thread on a steered model whose generate() is still running",
+                expected="one call at a time: two would get each other's positions",
+                remedy="put the prompts into one batch, or give each thread a model of its own",
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def _wrap_generate(self) -> Callable[[], None]:
         """Let ``model.generate`` make the prompt lengths known; returns what undoes it."""
@@ -279,13 +303,15 @@ class Attachment:
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             if self._given:
-                return generate(*args, **kwargs)
-            self._prompts, self._scopes = _prompt_lengths(model, args, kwargs), []
-            self._contexts.reset()
-            try:
-                return generate(*args, **kwargs)
-            finally:
-                self._prompts, self._scopes = None, []
+                with self._alone():
+                    return generate(*args, **kwargs)
+            with self._alone():
+                self._prompts, self._scopes = _prompt_lengths(model, args, kwargs), []
+                self._contexts.reset()
+                try:
+                    return generate(*args, **kwargs)
+                finally:
+                    self._prompts, self._scopes = None, []
 
         model.generate = wrapped
 

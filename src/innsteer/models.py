@@ -177,7 +177,9 @@ def load_model(
     source: str | Path = "smollm2",
     *,
     dtype: str | torch.dtype = "float32",
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
+    device_map: str | Mapping[str, int | str] | None = None,
+    quantization: Any = None,
     revision: str | None = None,
 ) -> LanguageModel:
     """Load a causal language model from safetensors or GGUF; no code and no pickle is ever run.
@@ -186,38 +188,66 @@ def load_model(
         source: ``"smollm2"`` (SmolLM2-135M-Instruct, made once in the cache folder), a local
             folder, a ``.gguf`` file, or a Hub id.
         dtype: float32, bfloat16 or float16; GGUF weights are dequantised.
-        device: where the model goes.
+        device: where the model goes; default: the CPU.
+        device_map: spread it over devices as ``transformers`` does, ``"auto"`` or module to device;
+            each site's map goes where its block is. Needs accelerate.
+        quantization: a quantisation config of ``transformers``; its own library must be installed.
         revision: branch, tag or commit of a Hub id.
 
     Raises:
-        InputError: there is no such model, or its weights are no safetensors.
+        InputError: there is no such model, its weights are no safetensors, a part of it would lie
+            on disk, or what quantises it is missing.
         LayoutError: the model's parts could not be found.
         MissingPackage: a GGUF file, and the packages that read it are not installed.
     """
     kind = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
     if kind is None or kind not in DTYPES.values():
         raise InputError(f"dtype {dtype!r}", expected="one of " + ", ".join(DTYPES))
+    if device is not None and device_map is not None:
+        raise InputError(f"device {str(device)!r} beside a device_map", expected="one of them")
     path = Path(source).expanduser()
+    how: dict[str, Any] = {
+        name: value
+        for name, value in (("device_map", device_map), ("quantization_config", quantization))
+        if value is not None
+    }
     if str(source) == "smollm2" and not path.is_dir():
-        model, tokenizer = _load(str(smollm2_folder()), dtype=kind, local=True)
+        model, tokenizer = _load(str(smollm2_folder()), dtype=kind, local=True, **how)
         name = "smollm2"
     elif path.suffix == ".gguf" and path.is_file():
+        if how:
+            raise InputError(
+                f"{', '.join(how)} for the GGUF file {path.name}",
+                expected="neither: its weights are dequantised on one device",
+                remedy="save it as safetensors first: load_model(file).model.save_pretrained(...)",
+            )
         model, tokenizer = load_gguf(path)
         name = path.name
     elif path.is_dir():
-        model, tokenizer = _load(str(path), dtype=kind, local=True)
+        model, tokenizer = _load(str(path), dtype=kind, local=True, **how)
         name = path.resolve().name
     elif isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.gguf)", source):
         # Without an answer only what is in the Hub's cache can be had, and that without retries.
         local = not hub_reachable(source)
-        model, tokenizer = _load(source, dtype=kind, local=local, revision=revision)
+        model, tokenizer = _load(source, dtype=kind, local=local, revision=revision, **how)
         name = source
     else:
         raise InputError(
             f"no model {str(source)!r}",
             expected='"smollm2", a folder with config.json, a .gguf file or a Hub id "owner/name"',
         )
-    model.to(device=device, dtype=kind).eval().requires_grad_(False)
+    if any(weight.is_meta for weight in model.parameters()):
+        raise InputError(
+            f"a device_map that leaves weights of {name!r} on disk",
+            expected="every weight on a device: a fingerprint reads them all",
+            remedy="give more memory, a smaller dtype, or a map without 'disk'",
+        )
+    # Quantised weights keep their own types, and a map its own devices.
+    if getattr(model, "hf_quantizer", None) is None and device_map is None:
+        model.to(device=device or "cpu", dtype=kind)
+    elif device is not None:
+        model.to(device=device)
+    model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config.pad_token_id is None:
@@ -226,7 +256,7 @@ def load_model(
 
 
 def _load(
-    source: str, *, dtype: torch.dtype, local: bool, revision: str | None = None
+    source: str, *, dtype: torch.dtype, local: bool, revision: str | None = None, **how: Any
 ) -> tuple[Any, Any]:
     """Model and tokenizer by transformers, without remote code and without pickled weights."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -240,6 +270,7 @@ def _load(
                 local_files_only=local,
                 trust_remote_code=False,
                 use_safetensors=True,
+                **how,
             )
             tokenizer = AutoTokenizer.from_pretrained(
                 source,
