@@ -588,6 +588,46 @@ def test_a_model_is_named_with_how_to_load_it(run, fitted):
     assert code == 2 and "dtype 'float8'" in err and "bfloat16" in err
 
 
+# --- data ----------------------------------------------------------------------------------------
+
+
+def test_data_check_says_what_was_found_and_what_follows(run, home):
+    code, out, err = run("data", "check", "mine.jsonl")
+    assert code == 0, err
+    assert "15 rows of TRL preference" in out and "train 9, validation 3, test 3" in out
+    assert "warning" in out and "9 training items" in out
+    assert following(out) == ["fit", "mine.jsonl", "--out", "my-steering"]
+    code, out, _ = run("data", "check", "mine.jsonl", "--json")
+    assert code == 0 and json.loads(out)["usable"] is True
+
+
+def test_data_that_cannot_be_used_is_refused_with_the_reason(run, home):
+    (home / "one.csv").write_text("source,target\na,b\n")
+    code, out, err = run("data", "check", "one.csv")
+    assert code == 2 and "one.csv cannot be used as it is" in err and "at least 2 are needed" in err
+    code, _, err = run("data", "check", "mine.jsonl,lable=x")
+    assert code == 2 and "'lable'" in err and "did you mean 'label'" in err
+
+
+def test_labelled_texts_go_all_the_way(run, home):
+    """No pairs and no questions: fit, tune and eval take them too."""
+    pairs = [row.values() for row in rows()]
+    lines = [f"'{c}',polite\n'{r}',rude".replace("'", '"') for _, c, r, _ in pairs]
+    (home / "labelled.csv").write_text("text,label\n" + "\n".join(lines))
+    code, _, err = run("fit", "labelled.csv", "--out", "no", "-m", "model", "--layers", "1")
+    assert code == 2 and "label=..." in err and not (home / "no").exists()
+    data = "labelled.csv,label=polite"
+    words = ["--method", "diffmean", "-m", "model", "--layers", "1"]
+    code, out, err = run("fit", data, "--out", "labelled", *words)
+    assert code == 0, err
+    assert following(out)[:3] == ["tune", "labelled", data]
+    code, out, err = run("tune", "labelled", data, "--preview")
+    assert code == 0, err
+    assert "<- budget" in out
+    code, _, err = run("eval", "labelled", "--data", data, "--out", "said", "--preview")
+    assert code == 0, err
+
+
 # --- doctor --------------------------------------------------------------------------------------
 
 

@@ -1,8 +1,10 @@
 """Loading, grouping, splitting and refusing contrast data."""
 
+import csv
 import gzip
 import json
 import random
+import sys
 from dataclasses import replace
 from hashlib import sha256
 from itertools import combinations
@@ -10,7 +12,7 @@ from itertools import combinations
 import pytest
 
 from innsteer.contrast import Contrast, messages, names, near_groups, normalise, prompts
-from innsteer.errors import DataError, LeakError, UnknownName
+from innsteer.errors import DataError, LeakError, MissingPackage, UnknownName
 
 WORDS = "tea rain salt dusk iron wool jazz rope clay moss fern coal silk mint bark sand".split()
 
@@ -352,9 +354,10 @@ def test_files_that_are_not_what_their_name_says_are_refused(tmp_path):
     cases = {
         "a.jsonl.gz": (b"plain", "cannot be read"),
         "b.jsonl.gz": (packed[:-9], "cut short"),
-        "c.csv": (b"a,b", "suffix '.csv'"),
+        "c.xlsx": (b"a,b", "suffix '.xlsx'"),
         "d.json": (b'{"a": 1}\n{"a": 2}', "name the file .jsonl"),
-        "e.json": (b'{"a": [], "b": []}', "with one such list"),
+        "e.json": (b'{"a": [], "b": []}', "the lists a, b; expected source and target"),
+        "e2.json": (b'{"a": [], "b": [], "c": []}', "or two lists of texts"),
         "f.json": (b"", "no rows"),
         "g.json": (b'[\n"\xff"]', "line 2: byte 0xff"),
         "h.json": (b"[" * 200_000, "not JSON"),
@@ -425,3 +428,163 @@ def test_twenty_thousand_real_rows_load_in_one_go(shared):
     contrast = Contrast.load(data)
     assert len(contrast) == 20_000
     assert len({item.group for item in contrast.items}) < 16_000
+
+
+# --- what people bring ---------------------------------------------------------------------------
+
+SIDES = [(f"{word} is bad", f"{word} is good") for word in ("tea", "rain", "wool", "jazz")]
+
+
+def sides(contrast):
+    return [(item.source, item.target) for item in contrast.items]
+
+
+def test_tables_of_text_and_of_parquet_give_the_same_items(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [{"source": s, "target": t, "weight": n + 1.0} for n, (s, t) in enumerate(SIDES)]
+    quoted = [f'"{r["source"]}","{r["target"]}",{r["weight"]}' for r in rows]
+    files = {
+        "a.csv": "source,target,weight\n" + "\n".join(quoted) + "\n",
+        "a.tsv": "source\ttarget\tweight\r\n"
+        + "\n".join(f"{r['source']}\t{r['target']}\t{r['weight']}" for r in rows),
+        "a.jsonl": "\n".join(json.dumps(row) for row in rows),
+    }
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8-sig")
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    found = [Contrast.load(tmp_path / name) for name in [*files, "a.parquet"]]
+    assert len({contrast.hash for contrast in found}) == 1
+    assert [item.weight for item in found[0].items] == [1, 2, 3, 4]
+    assert found[0].format == "4 rows of source and target"
+
+
+def test_text_pairs_are_split_at_their_tab(tmp_path):
+    (tmp_path / "mood.txt").write_text("\n".join("\t".join(pair) for pair in SIDES) + "\n\n")
+    assert sides(Contrast.load(tmp_path / "mood.txt")) == SIDES
+
+
+def test_a_cell_may_hold_line_ends_separators_quotes_and_megabytes(tmp_path):
+    long = "word " * 400_000
+    cells = [f'a, "b"\nc {long}', "other"]
+    quoted = ",".join('"' + cell.replace('"', '""') + '"' for cell in cells)
+    (tmp_path / "a.csv").write_text("source,target\n" + quoted)
+    assert sides(Contrast.load(tmp_path / "a.csv")) == [tuple(cells)]
+    assert csv.field_size_limit() < 1_000_000
+
+
+@pytest.mark.parametrize(
+    "name, text, match",
+    [
+        ("a.csv", "source,target\na,b,c\n", "line 2: 3 cells under 2 columns"),
+        ("a.csv", 'source,target\n"a,b\n', "not a table"),
+        ("a.csv", "source,source\na,b\n", "no two alike"),
+        ("a.csv", "source,target\n\na,\n", "line 3: 'target' is None"),
+        ("a.tsv", "source\ttarget\n", "no rows"),
+        ("a.txt", "a b c\n", "line 1: 'a b c' has 0 tabs"),
+        ("a.csv", "text,label\nfine,toxic\n", r"label 'toxic' does not say.*label=\.\.\."),
+        ("a.json", '{"source": ["a"], "goal": ["b"]}', "the lists source, goal"),
+    ],
+)
+def test_a_damaged_table_is_refused_with_its_line(tmp_path, name, text, match):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=match):
+        Contrast.load(tmp_path / name)
+
+
+def test_a_damaged_parquet_file_is_refused(tmp_path):
+    pytest.importorskip("pyarrow")
+    (tmp_path / "a.parquet").write_bytes(b"PAR1" + b"\0" * 40)
+    with pytest.raises(DataError, match=r"a\.parquet is cut short or damaged"):
+        Contrast.load(tmp_path / "a.parquet")
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"negative": "no", "positive": "yes, sir"},
+        {"question": "Tea?", "negative": "no", "positive": "yes, sir"},
+        {"prompt": "Tea?", "negative_response": "no", "positive_response": "yes, sir"},
+        {
+            "instruction": "Tea?",
+            "negative_response": {"model_response": "no"},
+            "positive_response": {"model_response": "yes, sir"},
+        },
+    ],
+)
+def test_positive_is_the_target_by_whatever_name(row):
+    (item,) = Contrast.load([row], behaviour="polite").items
+    assert (item.source, item.target) == ("no", "yes, sir")
+    assert item.prompt == ("" if len(row) == 2 else "Tea?")
+
+
+@pytest.mark.parametrize("labels", [(0, 1), ("0", "1.0"), (False, True), ("neg", "Positive")])
+def test_labelled_texts_stand_on_the_side_of_their_label(labels):
+    rows = [{"text": pair[n], "label": labels[n]} for pair in SIDES for n in (0, 1)]
+    found = Contrast.load(rows, behaviour="mood")
+    assert found.kind == "open"
+    assert sides(found) == [side for s, t in SIDES for side in ((s, None), (None, t))]
+    assert found.hash != Contrast.load(rows[:-1], behaviour="mood").hash
+
+
+def test_a_label_of_ones_own_is_named():
+    rows = [{"prompt": "Hm?", "completion": text, "label": text[:3]} for text in ("bad a", "goo b")]
+    assert sides(Contrast.load(rows, label="goo")) == [("bad a", None), (None, "goo b")]
+    with pytest.raises(DataError, match="no row has the label 'gou'; expected one of bad, goo"):
+        Contrast.load(rows, label="gou")
+
+
+def test_columns_of_other_names_are_told(tmp_path):
+    rows = [{"toxic": s, "neutral": t, "target": "left alone"} for s, t in SIDES]
+    columns = {"source": "toxic", "target": "neutral"}
+    assert sides(Contrast.load(rows, columns=columns)) == SIDES
+    with pytest.raises(DataError, match="no column 'nuetral' to read as 'target'; .*neutral"):
+        Contrast.load(rows, columns={"source": "toxic", "target": "nuetral"})
+
+
+def test_two_lists_are_pairs_where_they_are_of_one_length(tmp_path):
+    lists = {"negative": [s for s, _ in SIDES], "positive": [t for _, t in SIDES]}
+    assert sides(Contrast.load(lists)) == SIDES
+    (tmp_path / "two.json").write_text(json.dumps(lists))
+    assert sides(Contrast.load(tmp_path / "two.json")) == SIDES
+    short = {**lists, "positive": lists["positive"][:1]}
+    assert sides(Contrast.load(short)) == [(s, None) for s, _ in SIDES] + [(None, SIDES[0][1])]
+
+
+def test_a_data_frame_and_a_dataset_are_read_like_their_rows():
+    pandas, datasets = pytest.importorskip("pandas"), pytest.importorskip("datasets")
+    rows = [{"source": s, "target": t, "group": None} for s, t in SIDES]
+    rows[1]["group"] = "g"
+    plain = Contrast.load(rows)
+    assert Contrast.load(pandas.DataFrame(rows)).hash == plain.hash
+    assert Contrast.load(datasets.Dataset.from_list(rows)).hash == plain.hash
+
+
+def test_a_hub_dataset_keeps_its_own_parts_and_a_missing_one_is_told(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def stand_in(name):
+        if name != "org/mood":
+            raise ConnectionError("the Hub was not reached")
+        rows = [{"source": s, "target": t} for s, t in SIDES]
+        parts = {"train": rows[:2], "validation": rows[2:3], "test": rows[3:]}
+        return datasets.DatasetDict(
+            {part: datasets.Dataset.from_list(some) for part, some in parts.items()}
+        )
+
+    monkeypatch.setattr(datasets, "load_dataset", stand_in)
+    found = Contrast.load("org/mood")
+    assert found.behaviour == "mood" and sides(found) == SIDES
+    assert [item.split for item in found.items] == ["train", "train", "validation", "test"]
+    with pytest.raises(DataError, match="'org/mud': the Hub was not reached"):
+        Contrast.load("org/mud")
+
+
+@pytest.mark.parametrize("package, source", [("pyarrow", "a.parquet"), ("datasets", "org/mood")])
+def test_a_missing_package_is_named_with_the_command(tmp_path, monkeypatch, package, source):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackage, match=rf"{package}.*pip install 'innsteer\[data\]'"):
+        Contrast.load(source)

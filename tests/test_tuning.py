@@ -319,9 +319,33 @@ def test_control_of_pairs_is_the_shift_in_log_odds(model, fitted):
     assert any(abs(one.values["shift"][0]) > 0.01 for one in made)
 
 
+def test_lone_answers_are_dealt_into_pairs_each_under_its_own_prompt(model, fitted):
+    sides = [
+        replace(item, **{"source" if n % 3 else "target": None})
+        for n, item in enumerate(OPEN.items)
+    ]
+    items, backend = replace(OPEN, items=tuple(sides)), HF(model)
+    edit = fitted.edit(2.0)
+    made = tuning.control(tuning.control_meter(backend, items, [Site(1)])([edit]), items)
+    targets = [i for i in sides if i.target]
+    sources = [i for i in sides if i.source]
+    assert len(made) == min(len(targets), len(sources)) and len(targets) != len(sources)
+
+    def gain(item, text):
+        (after,), (before,) = (
+            backend.score([Prompt(item.id, item.prompt, (text,))], edits)[0]
+            for edits in ([edit], [])
+        )
+        return sum(after) - sum(before)
+
+    for one, t, s in zip(made, targets, sources, strict=False):
+        asked = gain(t, t.target) - gain(s, s.source)
+        assert one.values["shift"][0] == pytest.approx(asked, abs=1e-3)
+
+
 def test_items_with_one_side_only_cannot_be_scored(model):
     lone = replace(OPEN, items=tuple(replace(i, source=None) for i in OPEN.items))
-    with pytest.raises(InputError, match="no item with both sides"):
+    with pytest.raises(InputError, match="texts of one side only"):
         tuning.control_meter(HF(model), lone, [Site(1)])
 
 

@@ -29,6 +29,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
 )
+data_verbs = typer.Typer(help="Look at data before it is used.", no_args_is_help=True)
+app.add_typer(data_verbs, name="data")
 # From typer itself: some of its versions bring their own click, whose errors are not click's.
 UsageError: Any = typer.BadParameter.__base__
 out, err = Console(highlight=False, soft_wrap=True), Console(stderr=True, highlight=False)
@@ -42,9 +44,13 @@ MODEL = Annotated[
     ),
 ]
 LOADING = ("dtype", "device", "device_map", "revision")
-DATA = Annotated[str, typer.Argument(help="A built-in behaviour, or a .jsonl or .json file.")]
+DATA = Annotated[
+    str,
+    typer.Argument(help="A built-in behaviour, a file, or a Hub dataset; then e.g. ,label=toxic."),
+]
 DATAS = Annotated[
-    list[str], typer.Argument(help="Built-in behaviours, or .jsonl or .json files: one each.")
+    list[str],
+    typer.Argument(help="Built-in behaviours, files or Hub datasets: one behaviour each."),
 ]
 FOLDER = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
 STEERING = Annotated[Path, typer.Argument(help="A steering's folder.")]
@@ -78,11 +84,10 @@ def record(
     """Record the activations of a contrast's two sides."""
     require_absent(folder)
     from innsteer import fitting
-    from innsteer.contrast import Contrast
 
     sites, rule = _sites(layers), _read(read)
     with Bars(as_json) as progress:
-        contrast = Contrast.load(data)
+        contrast = _contrast(data)
         language_model = _load(model)
         acts = fitting.record_parts(
             language_model, contrast, sites, **rule, folder=folder, progress=progress
@@ -131,7 +136,6 @@ def fit(
     fields = _fields(method, field or [])
     from innsteer import fitting, tuning
     from innsteer.activations import Activations
-    from innsteer.contrast import Contrast
     from innsteer.site import Where
     from innsteer.steerer import get
 
@@ -148,7 +152,7 @@ def fit(
             remedy="leave out --rows, name one layer, or fit all layers with --together",
         )
     with Bars(as_json) as progress:
-        contrasts = [Contrast.load(one) for one in data]
+        contrasts = [_contrast(one) for one in data]
         contrast = contrasts[0]
         recorded = Activations.load(rows) if rows else None
         if recorded is not None and sites:
@@ -202,14 +206,13 @@ def extend(
 ) -> None:
     """Add behaviours to a fitted steering; those that it has stay as they are."""
     from innsteer import fitting
-    from innsteer.contrast import Contrast
     from innsteer.steering import Steering
 
     if folder:
         require_absent(folder)
     fitted = Steering.load(steering)
     with Bars(as_json) as progress:
-        contrasts = [Contrast.load(one) for one in data]
+        contrasts = [_contrast(one) for one in data]
         language_model = _base(fitted, model)
         grown = fitting.extend(language_model, fitted, contrasts, seed=seed, progress=progress)
         place = folder or steering
@@ -234,12 +237,11 @@ def tune(
 ) -> None:
     """Measure dose and response, and find the strength of most effect within the budget."""
     from innsteer import tuning
-    from innsteer.contrast import Contrast
     from innsteer.steering import Steering
 
     fitted = Steering.load(steering)
     with Bars(as_json) as progress:
-        contrast = Contrast.load(data)
+        contrast = _contrast(data)
         language_model = _base(fitted, model)
         tuned = tuning.tune(
             language_model,
@@ -337,7 +339,6 @@ def evaluate(
     """Compare steerings with unsteered, prompt-only and a random direction; write a report."""
     require_absent(folder)
     from innsteer import evaluation
-    from innsteer.contrast import Contrast
     from innsteer.steering import Steering
     from innsteer.suites import behaviour as suites
 
@@ -345,7 +346,7 @@ def evaluate(
     if len(loaded) < len(steering):
         raise InputError("folders of the same name", expected="a name of its own for every arm")
     with Bars(as_json) as progress:
-        suite = suites.load(Contrast.load(data), instruction=instruction)
+        suite = suites.load(_contrast(data), instruction=instruction)
         if not suite.instruction:
             _warn("no instruction is known, so no prompt-only arm; give one with --instruction")
         first = next(iter(loaded.values()))
@@ -384,14 +385,13 @@ def interference(
     as_json: JSON = False,
 ) -> None:
     """Show what the behaviours of a steering do to each other, alone and all together."""
-    from innsteer.contrast import Contrast
     from innsteer.interference import interference as measure
     from innsteer.steering import Steering
 
     fitted = Steering.load(steering)
     chosen = _strength(strength)
     with Bars(as_json) as progress:
-        contrasts = [Contrast.load(one) for one in data]
+        contrasts = [_contrast(one) for one in data]
         if not isinstance(chosen, dict):
             chosen = {one.behaviour: chosen for one in contrasts} if chosen else {}
         language_model = _base(fitted, model)
@@ -428,6 +428,33 @@ def inspect(steering: STEERING, as_json: JSON = False) -> None:
     words = (*_mixed(fitted, tuned), *_of(_source(fitted)))
     following = _command("generate", steering, "Hello", *words)
     _done(as_json, facts, "every file matches its seal", following)
+
+
+@data_verbs.command("check")
+def data_check(source: DATA, as_json: JSON = False) -> None:
+    """Look data over: format, sizes, balance, duplicates, give-aways, and what would be done."""
+    from innsteer.audit import audit
+
+    found = audit(_contrast(source))
+    if not as_json:
+        table = Table(show_header=False, box=None)
+        for name, value in found.facts.items():
+            shown = value
+            if isinstance(value, dict):
+                shown = ", ".join(f"{key} {count:g}" for key, count in value.items())
+            table.add_row(name, _escape(str(shown)))
+        out.print(table)
+        marks = {"fine": "dim", "warning": "yellow", "stop": "red"}
+        for one in found.findings:
+            out.print(f"[{marks[one.level]}]{one.level:8}[/] {_escape(one.text)}")
+    stops = [one.text for one in found.findings if one.level == "stop"]
+    choice = ["--set", "objective=target"] if found.facts["kind"] == "choice" else []
+    following = _command("fit", source, *choice, "--out", "my-steering")
+    if stops:
+        if as_json:
+            _print_json(found.to_json())
+        raise DataError(f"{source} cannot be used as it is: {stops[0]}")
+    _done(as_json, found.to_json(), "nothing stands in the way of a fit", following)
 
 
 @app.command()
@@ -582,13 +609,33 @@ def _load(model: str) -> Any:
     """A model from its name and how to load it: NAME,dtype=bfloat16,device=cuda."""
     from innsteer.models import load_model
 
-    name, how = model, dict[str, Any]()
+    name, how = _options(model, LOADING, "way to load a model")
+    return load_model(name, **how)
+
+
+def _contrast(data: str) -> Any:
+    """A contrast from its name and how to read it: FILE,label=toxic or FILE,source=A,target=B."""
+    from innsteer.contrast import Contrast
+
+    columns = ("source", "target", "prompt", "text")
+    name, how = _options(data, ("behaviour", "label", *columns), "way to read data")
+    return Contrast.load(
+        name,
+        behaviour=how.get("behaviour"),
+        label=how.get("label"),
+        columns={column: how[column] for column in columns if column in how},
+    )
+
+
+def _options(text: str, known: tuple[str, ...], kind: str) -> tuple[str, dict[str, Any]]:
+    """A name, and the key=value pairs that follow it after commas."""
+    name, found = text, dict[str, Any]()
     while match := re.fullmatch(r"(.+),(\w+)=([^,=]*)", name):
         name, key, value = match.groups()
-        if key not in LOADING:
-            raise UnknownName(f"way to load a model in {model!r}:", key, LOADING)
-        how[key] = value
-    return load_model(name, **how)
+        if key not in known:
+            raise UnknownName(f"{kind} in {text!r}:", key, known)
+        found[key] = value
+    return name, found
 
 
 def _of(model: str) -> list[str]:

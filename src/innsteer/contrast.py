@@ -5,6 +5,7 @@ items that ask the same thing (`groups.py`) share a group, and a group stands in
 """
 
 import json
+import re
 import reprlib
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Mapping, Sequence
@@ -22,11 +23,16 @@ from innsteer.formats import (
     Message,
     Pair,
     Row,
+    format_of,
     messages,
+    read_dataset,
     read_file,
     read_lines,
+    read_lists,
     read_pair,
     read_rows,
+    read_table,
+    renamed,
 )
 from innsteer.groups import Sets, near_groups, normalise
 
@@ -87,25 +93,32 @@ class Contrast:
     citation: str = ""
     notes: tuple[str, ...] = ()
     """What loading found and did, one sentence each."""
+    format: str = ""
+    """How the rows were read, for people."""
     builtin: bool = False
     """Loaded from the shelf under its own name, so that the built-in suite is its own."""
 
     @classmethod
     def load(
         cls,
-        source: str | Path | Sequence[Mapping[str, Any]],
+        source: str | Path | Sequence[Mapping[str, Any]] | Mapping[str, Sequence[str]] | Any,
         *,
         behaviour: str | None = None,
+        label: str | None = None,
+        columns: Mapping[str, str] | None = None,
         split: Literal["hash"] | Mapping[str, str] = "hash",
         seed: int = 0,
     ) -> Self:
-        """Read a built-in behaviour, a .jsonl or .json file (also .gz), or a list of rows.
+        """Read a built-in behaviour, a file, rows, two lists, a DataFrame or a dataset.
 
-        The format of a row is told by its columns: TRL preference (`prompt, chosen, rejected`, each
-        text or messages; without `prompt` the shared first messages are it), `source, target` with
-        an optional `prompt`, or Anthropic's model-written evals (`question,
-        answer_matching_behavior, answer_not_matching_behavior`, optional `statement`). Any row may
-        have `id, group, paraphrase_of` (the id of another row), `split` and `weight`.
+        Files are .jsonl, .json, .csv, .tsv, .parquet, or .txt with a tab between source and target;
+        all but Parquet also as .gz. The format of a row is told by its columns: TRL preference
+        (`prompt, chosen, rejected`, each text or messages; without `prompt` the shared first
+        messages are it), `source, target` or `negative, positive` with an optional `prompt`,
+        Anthropic's model-written evals (`question, answer_matching_behavior,
+        answer_not_matching_behavior`, optional `statement`; CAA's are the same), or one side with
+        its label: `text, label`, or `prompt, completion, label`. Any row may have `id, group,
+        paraphrase_of` (the id of another row), `split` and `weight`.
 
         A group is the normalised question or statement (case, punctuation, option order do not
         count), or the row's own `group`; given paraphrases and near-duplicates (token Jaccard >=
@@ -113,8 +126,14 @@ class Contrast:
         whatever the order of the rows. A `split` column is kept if no group stands on two sides.
 
         Args:
-            source: built-in name (see `names`), file, or rows.
+            source: built-in name (see `names`), file, rows, a mapping of two lists of texts
+                (`source` and `target`, or `negative` and `positive`; pairs where they are of one
+                length), a DataFrame, a dataset of `datasets`, or its id on the Hub.
             behaviour: name of the behaviour; otherwise that of the file.
+            label: that of the texts which show the behaviour, where labels do not say it
+                themselves (1 and 0, true and false, positive and negative do).
+            columns: name to column, where they have other names: `{"source": "toxic", "target":
+                "neutral"}`.
             split: "hash", or a part for every item id, which overrides the column.
             seed: other seeds send other groups to the test part.
 
@@ -125,7 +144,16 @@ class Contrast:
         """
         rows, found = _open(source)
         name = behaviour if behaviour is not None else found
-        pairs = [read_pair(row) for row in rows]
+        if columns:
+            rows = [renamed(row, columns) for row in rows]
+        pairs = [read_pair(row, label) for row in rows]
+        found_in = Counter(format_of(row).name for row in rows)
+        if label is not None and not any(pair.target for pair in pairs):
+            labels = sorted({str(row.data.get("label")) for row in rows})[:12]
+            raise DataError(
+                f"{rows[0].file}: no row has the label {label!r}",
+                expected="one of " + ", ".join(labels),
+            )
         ids = _ids(rows, name)
         groups, notes = _groups(rows, pairs, ids)
         parts = _parts(rows, ids, groups, split, seed)
@@ -148,7 +176,8 @@ class Contrast:
         citation = "; ".join(sorted({pair.citation for pair in pairs} - {""}))
         kind: Literal["open", "choice"] = "choice" if choice else "open"
         builtin = isinstance(source, str) and source in names() and name == source
-        return cls(name, kind, items, citation, tuple(notes), builtin)
+        told = ", ".join(f"{count} rows of {one}" for one, count in found_in.items())
+        return cls(name, kind, items, citation, tuple(notes), told, builtin)
 
     def part(self, name: str) -> Self:
         """The items of train, validation or test; at least two of them, or a DataError."""
@@ -205,6 +234,10 @@ class Contrast:
         return replace(self, items=tuple(item for item in self.items if item.id in chosen))
 
 
+# owner/name without a suffix: no file of that name is there.
+_HUB = re.compile(r"[\w-][\w.-]*/[\w-]+")
+
+
 def names() -> list[str]:
     """The built-in behaviours: the files of the shelf.
 
@@ -254,12 +287,18 @@ def _open(source: object) -> tuple[list[Row], str]:
         path = Path(source).expanduser()
         if path.name == source and not path.suffix and not path.exists():
             raise UnknownName("behaviour", source, names())
+        if isinstance(source, str) and not path.exists() and _HUB.fullmatch(source):
+            return read_dataset(source), source.rpartition("/")[2]
         return read_file(path), path.name.removesuffix(".gz").rpartition(".")[0]
+    if isinstance(source, Mapping):
+        return read_lists(source), "unnamed"
+    if hasattr(source, "features") or (hasattr(source, "columns") and hasattr(source, "to_dict")):
+        return read_table(source), "unnamed"
     if isinstance(source, Sequence) and not isinstance(source, bytes):
         return read_rows(source), "unnamed"
     raise DataError(
         f"a contrast from {reprlib.repr(source)}",
-        expected="a built-in name, a file or a list of rows",
+        expected="a built-in name, a file, rows, two lists, a DataFrame or a dataset",
     )
 
 

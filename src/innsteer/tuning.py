@@ -36,16 +36,28 @@ EditAt = Callable[[float], Edit]
 
 
 def control_meter(backend: HF, items: Contrast, sites: Sequence[Site]) -> Meter:
-    """Both answers of every item, to be scored under edits."""
+    """Both answers of every item, to be scored under edits: target, source, target, source ...
+
+    Items of one side are dealt into pairs in their order, each answer under its own prompt.
+    """
     prompts = [
         Prompt(item.id, item.prompt, (item.target, item.source))
         for item in items.items
         if item.source is not None and item.target is not None
     ]
+    lone = [
+        [
+            Prompt(item.id, item.prompt, (text,))
+            for item in items.items
+            if (text := getattr(item, side)) is not None and getattr(item, other) is None
+        ]
+        for side, other in (("target", "source"), ("source", "target"))
+    ]
+    prompts += [one for pair in zip(*lone, strict=False) for one in pair]
     if not prompts:
         raise InputError(
-            f"contrast {items.behaviour!r} has no item with both sides",
-            expected="pairs, to measure control on",
+            f"contrast {items.behaviour!r} has texts of one side only",
+            expected="answers with the behaviour and without, to measure control on",
         )
     return backend.meter(backend.forced(prompts), sites, divergence=False)
 

@@ -11,7 +11,7 @@ from innsteer.backends.hf import HF
 from innsteer.backends.lora import Adapted, LoRA
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast, Item
-from innsteer.errors import InputError
+from innsteer.errors import MissingPackage
 from innsteer.site import Site
 from innsteer.training import said, train_through
 
@@ -114,5 +114,5 @@ def test_validation_may_be_thinned(run):
 
 def test_without_peft_it_says_what_to_install(model, monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"innsteer\[peft\]"):
+    with pytest.raises(MissingPackage, match=r"innsteer\[peft\]"):
         LoRA(model)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from innsteer.backends.through import Through
-from innsteer.errors import InputError
+from innsteer.errors import MissingPackage
 from innsteer.models import LanguageModel
 
 WHOLE = 4096
@@ -35,7 +35,7 @@ class LoRA(nn.Module):
         seed: of A.
 
     Raises:
-        InputError: peft is not installed.
+        MissingPackage: peft is not installed.
 
     Source: LoRA: Low-Rank Adaptation of Large Language Models, eq. 3,
     https://arxiv.org/abs/2106.09685
@@ -55,9 +55,7 @@ class LoRA(nn.Module):
             import peft
             from peft.tuners.lora import LoraLayer
         except ImportError as error:
-            raise InputError(
-                "LoRA without peft", expected="peft", remedy="pip install 'innsteer[peft]'"
-            ) from error
+            raise MissingPackage("peft", "LoRA", "peft") from error
         config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
         with torch.random.fork_rng():
             torch.manual_seed(seed)

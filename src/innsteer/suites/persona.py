@@ -48,7 +48,7 @@ def statements(source: str | Path) -> list[Statement]:
                 expected="' Yes' and ' No', as persona files have them",
                 remedy="load questions with other answers with Contrast.load",
             )
-        found.append(Statement(f"{_name(source)}-{n:04d}", text, pair.target))
+        found.append(Statement(f"{_name(source)}-{n:04d}", text, str(pair.target)))
     return found
 
 
