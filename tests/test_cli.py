@@ -588,6 +588,25 @@ def test_a_model_is_named_with_how_to_load_it(run, fitted):
     assert code == 2 and "dtype 'float8'" in err and "bfloat16" in err
 
 
+# --- auto ----------------------------------------------------------------------------------------
+
+
+def test_auto_tells_what_it_tried_and_why(run, home, monkeypatch):
+    from innsteer import choosing
+    from innsteer.steerer import get
+
+    two = {"diffmean": get("diffmean"), "linear": get("linear_act")}
+    monkeypatch.setattr(choosing, "candidates", lambda contrast: two)
+    monkeypatch.setattr(choosing.warnings, "warn", lambda *a, **k: None)
+    code, out, err = run("fit", "mine.jsonl", "-o", "auto", "-m", "model", "--method", "auto")
+    assert code == 0, err
+    assert "behind the best" in out and "has control" in out
+    assert following(out)[:3] == ["tune", "auto", "mine.jsonl"]
+    assert list(Steering.load(home / "auto").provenance["methods"]) == list(two)
+    code, _, err = run("fit", "mine.jsonl", "-o", "no", "--method", "auto", "--layers", "1")
+    assert code == 2 and "each method keeps its own" in err
+
+
 # --- data ----------------------------------------------------------------------------------------
 
 

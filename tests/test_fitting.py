@@ -7,7 +7,7 @@ import torch
 
 import tiny
 from edits import seen, told
-from innsteer import fitting, tuning
+from innsteer import choosing, fitting, tuning
 from innsteer.activations import Activations
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF
@@ -247,8 +247,8 @@ def test_every_layer_of_a_choice_is_fitted_through_the_model(model, asked, monke
             "likes": type("Curve", (), {"at_budget": type("Dose", (), {"control": 0.7})})
         }
 
-    monkeypatch.setattr(tuning, "tune", lambda *args, **how: Tuned())
-    chosen = tuning.choose_layer(model, asked, "condgrad", [Site(1), Site(2)])
+    monkeypatch.setattr(choosing, "tune", lambda *args, **how: Tuned())
+    chosen = choosing.choose_layer(model, asked, "condgrad", [Site(1), Site(2)])
     assert list(chosen.provenance["layers"]) == ["1.residual", "2.residual"]
 
 

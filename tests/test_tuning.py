@@ -1,10 +1,9 @@
-"""Tuning: recording, fitting, strength at a cost budget, and the choice of a layer."""
+"""Tuning: recording, fitting, and strength at a cost budget."""
 
 import math
 from dataclasses import replace
 
 import pytest
-import torch
 
 import tiny
 from innsteer import fitting, tuning
@@ -347,73 +346,6 @@ def test_items_with_one_side_only_cannot_be_scored(model):
     lone = replace(OPEN, items=tuple(replace(i, source=None) for i in OPEN.items))
     with pytest.raises(InputError, match="texts of one side only"):
         tuning.control_meter(HF(model), lone, [Site(1)])
-
-
-# --- layers --------------------------------------------------------------------------------------
-
-
-def test_the_layer_with_the_most_control_is_kept_and_the_table_recorded(model, monkeypatch):
-    chosen = tuning.choose_layer(model, OPEN, "diffmean", [Site(2), Site(0), Site(2)])
-    table = chosen.provenance["layers"]
-    assert list(table) == ["0.residual", "2.residual"]
-    assert str(next(iter(chosen.interventions))) == max(table, key=table.get)
-    own = fitting.fit(model, OPEN, "diffmean", sites=list(chosen.interventions))
-    assert torch.equal(
-        chosen.interventions.state_dict()[key := next(iter(own.interventions.state_dict()))],
-        own.interventions.state_dict()[key],
-    )
-
-
-@pytest.mark.parametrize("best", [0, 2])
-def test_the_choice_of_a_layer_follows_control_alone(model, monkeypatch, best):
-    def control(*args, **how):
-        site = next(iter(args[1].interventions))
-        return 0.9 if site.layer == best else 0.6
-
-    class Tuned:
-        def __init__(self, value):
-            self.behaviours = (OPEN.behaviour,)
-            dose = type("Dose", (), {"control": value})
-            self.calibration = {OPEN.behaviour: type("Curve", (), {"at_budget": dose})}
-
-    monkeypatch.setattr(tuning, "tune", lambda *args, **how: Tuned(control(*args, **how)))
-    chosen = tuning.choose_layer(model, OPEN, "diffmean", [Site(0), Site(2)])
-    assert tuple(chosen.interventions) == (Site(best),)
-    assert sorted(chosen.provenance["layers"].values()) == [0.6, 0.9]
-
-
-def test_no_layer_to_choose_from_is_refused(model):
-    with pytest.raises(InputError, match="no site to choose from"):
-        tuning.choose_layer(model, OPEN, "diffmean", [])
-
-
-def test_a_layer_that_cannot_spend_the_budget_is_left_out_and_the_table_says_why(
-    model, monkeypatch
-):
-    real = tuning.tune
-
-    def tune(backend, fitted, *rest, **how):
-        if Site(0) in fitted.interventions:
-            raise BudgetError("no strength of this steering")
-        return real(backend, fitted, *rest, **how)
-
-    monkeypatch.setattr(tuning, "tune", tune)
-    chosen = tuning.choose_layer(model, OPEN, "diffmean", [Site(0), Site(2)])
-    table = chosen.provenance["layers"]
-    assert tuple(chosen.interventions) == (Site(2),)
-    assert table["0.residual"] is None and table["2.residual"] > 0
-    assert chosen.provenance["layers_failed"] == {"0.residual": "no strength of this steering"}
-    whole = tuning.choose_layer(model, OPEN, "diffmean", [Site(2)])
-    assert "layers_failed" not in whole.provenance
-
-
-def test_no_layer_that_spends_the_budget_is_an_error_that_names_each(model, monkeypatch):
-    def tune(backend, fitted, *rest, **how):
-        raise BudgetError(f"nothing at {next(iter(fitted.interventions)).layer}")
-
-    monkeypatch.setattr(tuning, "tune", tune)
-    with pytest.raises(BudgetError, match=r"0\.residual: nothing at 0; 2\.residual: nothing at 2"):
-        tuning.choose_layer(model, OPEN, "diffmean", [Site(0), Site(2)])
 
 
 def test_joint_tuning_holds_both_halves_to_the_budget(model, fitted, monkeypatch):

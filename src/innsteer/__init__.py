@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from innsteer.activations import Activations as Activations
     from innsteer.backends.hf import HF as HF
+    from innsteer.choosing import fit as fit
     from innsteer.contrast import Contrast as Contrast
     from innsteer.errors import InnsteerError as InnsteerError
     from innsteer.evaluation import compare as compare
     from innsteer.evaluation import evaluate as evaluate
-    from innsteer.fitting import fit as fit
     from innsteer.fitting import record as record
     from innsteer.models import LanguageModel as LanguageModel
     from innsteer.models import load_model as load_model
@@ -49,7 +49,7 @@ _HOME = {
     "Steerer": "steerer",
     "get": "steerer",
     "Steering": "steering",
-    "fit": "fitting",
+    "fit": "choosing",
     "record": "fitting",
     "tune": "tuning",
 }

@@ -110,7 +110,9 @@ def record(
 def fit(
     data: DATAS,
     folder: FOLDER,
-    method: Annotated[str, typer.Option(help="See: innsteer methods.")] = "innsteer",
+    method: Annotated[
+        str, typer.Option(help="See: innsteer methods; auto: the simplest that is as good.")
+    ] = "innsteer",
     model: MODEL = "smollm2",
     layers: LAYERS = "",
     read: READ = "",
@@ -131,21 +133,28 @@ def fit(
 ) -> None:
     """Fit a steering of one or more behaviours; of several layers, keep the best at the budget."""
     require_absent(folder)
-    if method not in shelf.names():
-        raise UnknownName("method", method, shelf.names())
-    fields = _fields(method, field or [])
-    from innsteer import fitting, tuning
+    auto = method == "auto"
+    if method not in (known := ["auto", *shelf.names()]):
+        raise UnknownName("method", method, known)
+    if auto and (field or rows or layers or read or where != "generated" or len(data) > 1):
+        raise InputError(
+            "--method auto beside --set, --rows, --layers, --read, --where or several behaviours",
+            expected="one behaviour's data alone: each method keeps its own",
+            remedy="name the method",
+        )
+    fields = {} if auto else _fields(method, field or [])
+    from innsteer import choosing, fitting
     from innsteer.activations import Activations
     from innsteer.site import Where
     from innsteer.steerer import get
 
-    steerer = get(method, **_typed(type(get(method)), fields))
+    steerer: Any = method if auto else get(method, **_typed(type(get(method)), fields))
     place = Where.parse(where)
     sites, rule = _sites(layers), _read(read)
     if rows and read:
         raise InputError(f"--read {read} beside --rows", remedy="the rows were read already")
-    choosing = len(sites) > 1 and not together
-    if len(data) > 1 and (rows or choosing):
+    compared = len(sites) > 1 and not together
+    if len(data) > 1 and (rows or compared):
         raise InputError(
             f"{len(data)} behaviours " + ("from a recording" if rows else "at several layers"),
             expected="data of one behaviour, or several recorded now and fitted at chosen layers",
@@ -164,8 +173,12 @@ def fit(
             steering = fitting.fit_rows(
                 language_model, steerer, recorded, where=place, seed=seed, progress=progress
             )
-        elif choosing:
-            steering = tuning.choose_layer(
+        elif auto:
+            steering = choosing.choose_method(
+                language_model, contrast, seed=seed, progress=progress
+            )
+        elif compared:
+            steering = choosing.choose_layer(
                 language_model,
                 contrast,
                 steerer,
@@ -189,7 +202,13 @@ def fit(
         # Where the model came from, for the next verbs; its name alone may not lead there.
         steering = replace(steering, provenance={**steering.provenance, "model": model})
         steering.save(folder)
-    text = f"fitted {method} in {steering.provenance['fit_seconds']} s -> {folder}"
+    text = f"fitted {steering.steerer.name} in {steering.provenance['fit_seconds']} s -> {folder}"
+    if auto:
+        if not as_json:
+            out.print(_methods_table(steering.provenance["methods"]))
+        text = f"{steering.provenance['why']}\n{text}"
+        if caution := steering.provenance.get("caution"):
+            _warn(caution)
     _done(as_json, _facts(steering, folder), text, _command("tune", folder, data[0], *_of(model)))
 
 
@@ -801,6 +820,19 @@ def _facts(steering: Any, folder: Path) -> dict[str, Any]:
         "diagnostics": steering.provenance.get("diagnostics", {}),
         "provenance": dict(steering.provenance),
     }
+
+
+def _methods_table(tried: dict[str, Any]) -> Table:
+    """What auto tried, simplest first."""
+    table = Table("method", "control at the budget", "95 % interval", "behind the best")
+    for name, found in tried.items():
+        if "failed" in found:
+            table.add_row(_escape(name), _escape(found["failed"]), "", "")
+            continue
+        behind = "{behind:.3f} ({behind_low:.3f} to {behind_high:.3f})".format(**found)
+        interval = "{low:.3f} to {high:.3f}".format(**found)
+        table.add_row(_escape(name), f"{found['control']:.3f}", interval, behind)
+    return table
 
 
 def _dose_table(steering: Any) -> Table:

@@ -34,7 +34,7 @@ Contrasts = Contrast | Sequence[Contrast]
 def default_site(model: LanguageModel) -> Site:
     """Two thirds up: late enough to hold what is being said, early enough to be acted on.
 
-    On the embedded model that is block 19 of 30. A starting point: ``choose_layer`` compares.
+    On the embedded model that is block 19 of 30. A start: ``choose_layer`` compares.
     """
     return Site(max(2 * len(model.layout.blocks) // 3 - 1, 0))
 

@@ -4,22 +4,19 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import numpy as np
 
-from innsteer.activations import Read
 from innsteer.backends.base import Completion, Kind, Progress, Prompt, Sampling, silent
 from innsteer.backends.hf import HF, Meter
 from innsteer.calibration import BUDGET, Calibration, Dose
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError
-from innsteer.fitting import check_unseen, fit, fit_rows, record_parts
+from innsteer.fitting import check_unseen
 from innsteer.interventions import Edit
 from innsteer.metrics import get as metric
 from innsteer.models import LanguageModel
-from innsteer.site import Site, Span, Where
-from innsteer.steerer import Steerer, get
+from innsteer.site import Site
 from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
 
@@ -320,65 +317,3 @@ def _dose(meter: Meter, scored: Meter, edit: EditAt, items: Contrast, strength: 
     return Dose(
         strength, cost.value, cost.low, cost.high, displacement, gain.value, gain.low, gain.high
     )
-
-
-def choose_layer(
-    model: LanguageModel,
-    contrast: Contrast,
-    method: str | Steerer,
-    sites: Sequence[Site],
-    *,
-    budget: float = BUDGET,
-    read: Read | None = None,
-    span: Span = (0, None),
-    where: Where = Where(),  # noqa: B008
-    seed: int = 0,
-    progress: Progress = silent,
-    **fields: Any,
-) -> Steering:
-    """Fit at each site, spend the same budget, and keep the site with the most control.
-
-    All by the search's tokens and the validation items. The provenance holds the table
-    (``layers``: control, or None where no strength spends the budget) and why (``layers_failed``).
-
-    Raises:
-        BudgetError: the budget can be spent at none of the sites.
-    """
-    if not sites:
-        raise InputError("no site to choose from", expected="at least one")
-    steerer = get(method, **fields) if isinstance(method, str) else method
-    sites = sorted(set(sites))
-    backend = HF(model)
-    how: dict[str, Any] = {"where": where, "seed": seed, "progress": progress}
-    if not steerer.through:
-        rows = record_parts(model, contrast, sites, read=read, span=span, progress=progress)
-    tried: dict[str, Steering] = {}
-    table: dict[str, float | None] = {}
-    failed: dict[str, str] = {}
-    for site in sites:
-        if steerer.through:
-            fitted = fit(model, contrast, steerer, sites=[site], read=read, span=span, **how)
-        else:
-            fitted = fit_rows(model, steerer, rows.at(site), **how)
-        try:
-            tuned = tune(
-                backend,
-                fitted,
-                contrast,
-                budget=budget,
-                fractions=(1.0,),
-                preview=True,
-                seed=seed,
-                progress=progress,
-            )
-        except BudgetError as error:
-            table[str(site)], failed[str(site)] = None, str(error)
-            continue
-        table[str(site)] = tuned.calibration[contrast.behaviour].at_budget.control or 0.0
-        tried[str(site)] = fitted
-    if not tried:
-        reasons = "; ".join(f"{site}: {reason}" for site, reason in failed.items())
-        raise BudgetError(f"no site spends {budget} nats per token: {reasons}")
-    chosen = tried[max(tried, key=lambda site: table[site] or 0.0)]
-    notes = {"layers": table} | ({"layers_failed": failed} if failed else {})
-    return replace(chosen, provenance={**chosen.provenance, **notes})
