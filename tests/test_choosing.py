@@ -131,6 +131,7 @@ def shifts(monkeypatch, of):
 UP = [1.0 + 0.1 * (n % 5) for n in range(40)]
 NOISY = [value + (1.5 if n % 2 else -1.4) for n, value in enumerate(UP)]
 MORE = [value + 1.0 for value in UP]
+SURE = [6.0 + value for value in UP]
 NONE = [0.3 * (-1) ** n for n in range(40)]
 
 
@@ -142,6 +143,7 @@ NONE = [0.3 * (-1) ** n for n in range(40)]
         ({"a": UP, "b": UP, "c": MORE}, "c"),  # only the last
         ({"a": MORE, "b": UP, "c": UP}, "a"),
         ({"a": NONE, "b": UP, "c": NOISY}, "b"),
+        ({"a": SURE, "b": [v + 0.1 for v in SURE], "c": [v + 1 for v in SURE]}, "a"),
     ],
 )
 def test_the_simplest_method_within_noise_of_the_best_is_kept(model, monkeypatch, of, kept):

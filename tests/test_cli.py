@@ -673,3 +673,27 @@ def test_doctor_fails_where_a_way_does(run, monkeypatch):
     code, out, err = run("doctor", "-m", "model")
     assert code == 1 and "fails   greedy" in out
     assert "greedy" in err and "do not run this model that way" in err
+
+
+# --- vectors -------------------------------------------------------------------------------------
+
+
+def test_a_steering_goes_out_as_a_vector_and_comes_back(run, home, fitted):
+    code, out, err = run("export", fitted, "mine.jsonl", "--out", "mood.gguf", "-s", "2")
+    assert code == 0, err
+    assert "of the effect" in out and "added at every token" in out
+    assert following(out)[0] == "inspect"
+    code, _, err = run("export", fitted, "mine.jsonl", "--out", "mood.gguf")
+    assert code == 2 and "mood.gguf exists" in err
+    code, out, err = run("import", "mood.gguf", "--out", "back", "-m", "model")
+    assert code == 0, err
+    assert following(out)[:2] == ["generate", "back"]
+    back, own = Steering.load(home / "back"), Steering.load(fitted)
+    (new,), (old,) = ([part.shifts for _, part in one.interventions.items()] for one in (back, own))
+    torch.testing.assert_close(new, 2 * old, rtol=1e-3, atol=1e-4)
+    code, out, err = run("export", "back", "mine.jsonl", "--out", "b.safetensors", "--json")
+    assert code == 0, err
+    assert json.loads(out)["loss"]["kept"] == pytest.approx(1, abs=1e-2)
+    (home / "v.pt").write_bytes(b"any")
+    code, _, err = run("import", "v.pt", "--out", "no", "-m", "model")
+    assert code == 3 and "weights_only=True" in err and not (home / "no").exists()

@@ -21,6 +21,10 @@ from innsteer.steering import Steering
 from innsteer.tuning import control, control_meter, control_metric, tune
 
 
+MATTERS = 0.01
+"""A lead of less is none: open answers that all prefer the target differ by next to nothing."""
+
+
 def candidates(contrast: Contrast) -> dict[str, Steerer]:
     """What ``auto`` tries, simplest first: one direction, then what reads its input.
 
@@ -86,7 +90,8 @@ def choose_method(
 
     Each is fitted on the training part and tuned in a preview on the validation part; what counts
     is its control there. A method is within noise where the 95 % interval of the best one's lead,
-    paired by item, includes 0. Small data cannot tell methods apart, and then the simplest is kept.
+    paired by item, reaches below 0.01. Small data cannot tell methods apart, and then the simplest
+    is kept.
 
     Args:
         methods: by name, simplest first; default: ``candidates(contrast)``.
@@ -146,7 +151,7 @@ def choose_method(
         lead = score.difference(answers[best], answers[name])
         assert lead is not None
         table[name] |= {"behind": lead.value, "behind_low": lead.low, "behind_high": lead.high}
-        if lead.low <= 0:
+        if lead.low < MATTERS:
             kept = name
     notes = {"methods": table, "why": _why(kept, best, table)}
     gain = score.difference(answers[kept], plain[kept])

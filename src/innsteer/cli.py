@@ -449,6 +449,81 @@ def inspect(steering: STEERING, as_json: JSON = False) -> None:
     _done(as_json, facts, "every file matches its seal", following)
 
 
+@app.command("import")
+def import_vector(
+    file: Annotated[Path, typer.Argument(help="A .gguf control vector, or .safetensors.")],
+    folder: FOLDER,
+    model: MODEL = "smollm2",
+    layers: Annotated[str, typer.Option(help="Blocks, from 0, if the file does not say.")] = "",
+    tensor: Annotated[str, typer.Option(help="Name of the tensor in the file.")] = "",
+    row: Annotated[int | None, typer.Option(help="Row of a matrix, e.g. an SAE's feature.")] = None,
+    behaviour: Annotated[str, typer.Option(help="Its name; default: the file's.")] = "",
+    where: Annotated[
+        str, typer.Option(help="Default: all for GGUF, as llama.cpp has it; else generated.")
+    ] = "",
+    as_json: JSON = False,
+) -> None:
+    """Make a steering of another tool's vector: repeng, llama.cpp, CAA, AxBench, an SAE."""
+    require_absent(folder)
+    from innsteer import exchange
+    from innsteer.site import Where
+
+    numbers = [site.layer for site in _sites(layers)]
+    language_model = _load(model)
+    steering = exchange.import_vector(
+        language_model,
+        file,
+        layers=numbers,
+        tensor=tensor or None,
+        row=row,
+        behaviour=behaviour or None,
+        where=Where.parse(where) if where else None,
+    )
+    steering = replace(steering, provenance={**steering.provenance, "model": model})
+    steering.save(folder)
+    sites = ", ".join(map(str, steering.interventions))
+    following = _command("generate", folder, "Hello", "--strength", "1", *_of(model))
+    _done(as_json, _facts(steering, folder), f"imported at {sites} -> {folder}", following)
+
+
+@app.command("export")
+def export_vector(
+    steering: STEERING,
+    source: DATA,
+    file: Annotated[Path, typer.Option("--out", "-o", help="A .gguf or .safetensors file.")],
+    model: MODEL = "",
+    strength: STRENGTH = "",
+    as_json: JSON = False,
+) -> None:
+    """Write a steering as a vector for other tools, and measure what is lost by that."""
+    if file.exists():
+        raise InputError(f"{file} exists", remedy="name another, or remove it")
+    from innsteer import exchange
+    from innsteer.backends.hf import HF
+    from innsteer.steering import Steering
+
+    fitted = Steering.load(steering)
+    chosen = _strength(strength)
+    with Bars(as_json) as progress:
+        contrast = _contrast(source)
+        backend = HF(_base(fitted, model))
+        vectors = exchange.as_vector(backend, fitted, contrast, chosen, progress=progress)
+        lost = exchange.loss(backend, fitted, vectors, contrast, chosen, progress=progress)
+        exchange.export_vector(backend.model, vectors, file, note=f"from {fitted.identity}")
+    if not as_json:
+        table = Table("", "control", "cost (nats/token)")
+        table.add_row("this steering", f"{lost.control:.3f}", f"{lost.cost:.3f}")
+        table.add_row("the vector", f"{lost.exported:.3f}", f"{lost.exported_cost:.3f}")
+        table.add_row("unsteered", f"{lost.unsteered:.3f}", "")
+        out.print(table)
+    text = (
+        f"{file}: keeps {lost.kept:.0%} of the effect (difference {lost.gap:.3f}, {lost.low:.3f} "
+        f"to {lost.high:.3f}, {lost.n} items), added at every token"
+    )
+    facts = {"file": str(file), "sites": [str(site) for site in vectors], "loss": lost.to_json()}
+    _done(as_json, facts, text, _command("inspect", steering))
+
+
 @data_verbs.command("check")
 def data_check(source: DATA, as_json: JSON = False) -> None:
     """Look data over: format, sizes, balance, duplicates, give-aways, and what would be done."""
