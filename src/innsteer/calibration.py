@@ -129,6 +129,10 @@ class Calibration:
         return TypeAdapter(cls).validate_python(data)
 
 
+LARGEST = 1e5
+"""The largest strength that can be asked for: more is a slip, and the answers would be noise."""
+
+
 def parse_number(text: str) -> float:
     """A strength given as text.
 
@@ -141,6 +145,10 @@ def parse_number(text: str) -> float:
         raise InputError(
             f"strength {text!r}", expected='a number, "budget", or a cost like "0.05nat"'
         ) from None
-    if not np.isfinite(value):
-        raise InputError(f"strength {text!r}", expected="a finite number")
+    if not abs(value) <= LARGEST:  # also refuses nan
+        raise InputError(
+            f"strength {text!r}",
+            expected=f"a finite number from -{LARGEST:g} to {LARGEST:g}; 1 is the fitted map",
+            remedy="innsteer tune finds the strength that the cost budget allows",
+        )
     return value

@@ -20,7 +20,6 @@ from innsteer.steerer import Steerer, get
 from innsteer.steering import Steering
 from innsteer.tuning import control, control_meter, control_metric, tune
 
-
 MATTERS = 0.01
 """A lead of less is none: open answers that all prefer the target differ by next to nothing."""
 

@@ -974,10 +974,19 @@ def main() -> NoReturn:
         if message.startswith("No such command"):
             verbs = ", ".join(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
             message += f" The verbs: {verbs}"
-        _fail(message, 2)
+        _fail(message + _given(message), 2)
     if code == 130:
         _fail("interrupted; nothing half-written was left", code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _given(message: str) -> str:
+    """What stood behind the option that a message names: typer leaves the value out."""
+    for option in re.findall(r"'(--?[a-z-]+)'", message):
+        for place, word in enumerate(sys.argv[:-1]):
+            if word == option:
+                return f" (given: {sys.argv[place + 1]!r})"
+    return ""
 
 
 def _fail(error: object, code: int) -> NoReturn:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from innsteer.errors import InputError, PositionError
 from innsteer.fingerprint import Fingerprint, fingerprint
@@ -205,6 +206,7 @@ def load_model(
         raise InputError(f"dtype {dtype!r}", expected="one of " + ", ".join(DTYPES))
     if device is not None and device_map is not None:
         raise InputError(f"device {str(device)!r} beside a device_map", expected="one of them")
+    place = _device(device or "cpu")
     path = Path(source).expanduser()
     how: dict[str, Any] = {
         name: value
@@ -244,15 +246,29 @@ def load_model(
         )
     # Quantised weights keep their own types, and a map its own devices.
     if getattr(model, "hf_quantizer", None) is None and device_map is None:
-        model.to(device=device or "cpu", dtype=kind)
+        model.to(device=place, dtype=kind)
     elif device is not None:
-        model.to(device=device)
+        model.to(device=place)
     model.eval().requires_grad_(False)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return LanguageModel.wrap(model, tokenizer, name=name)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    """A device that this machine has; asked before anything is loaded."""
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    # What PyTorch raises depends on the device, and on what it was built for.
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        known = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+        raise InputError(
+            f"device {str(device)!r}: {reason}", expected="one of " + ", ".join(known)
+        ) from error
 
 
 def _load(
@@ -270,6 +286,8 @@ def _load(
                 local_files_only=local,
                 trust_remote_code=False,
                 use_safetensors=True,
+                # With peft installed an adapter is looked for too, by rules of its own.
+                adapter_kwargs={"local_files_only": local},
                 **how,
             )
             tokenizer = AutoTokenizer.from_pretrained(
@@ -278,7 +296,7 @@ def _load(
                 local_files_only=local,
                 trust_remote_code=False,
             )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
             f"no model could be loaded from {source!r}: {reason[0]}",
