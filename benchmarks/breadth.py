@@ -1,16 +1,27 @@
 """What works on which model: every architecture in every way that people run it.
 
-    python benchmarks/breadth.py               # the matrix, into docs/models.md and results
+    python benchmarks/breadth.py               # everything
+    python benchmarks/breadth.py --only matrix # the matrix, also into docs/models.md
+    python benchmarks/breadth.py --only kills  # kill -9 at random moments
+    python benchmarks/breadth.py --only mutations  # damaged and forged artifacts
 
 The models are random and tiny, one per architecture (tests/tiny.py); the checks are those of
-``innsteer doctor``, in float32 and in bfloat16.
+``innsteer doctor``, in float32 and in bfloat16. A command that was killed is run again until it
+ends, and the artifact's identity must be that of an undisturbed run. Mutated artifacts, half of
+them with a seal that fits, must be refused, or load to the same outputs.
 """
 
+import argparse
 import json
 import platform
+import random
+import subprocess
 import sys
+import tempfile
+import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -19,8 +30,9 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
 import tiny  # noqa: E402
+from innsteer import Activations, InnsteerError, Steering, get  # noqa: E402
 from innsteer.doctor import PROBES, checks  # noqa: E402
-from innsteer.files import write_json  # noqa: E402
+from innsteer.files import sha256_file, write_json  # noqa: E402
 
 RESULTS = HERE / "results" / "breadth.json"
 PAGE = HERE.parent / "docs" / "models.md"
@@ -53,30 +65,173 @@ def table(found: dict[str, dict[str, dict[str, str]]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def kills(count: int = 20, seed: int = 0) -> list[dict[str, Any]]:
+    """Record, fit and tune, each killed at random moments and run again; what came of it."""
+    dice, found = random.Random(seed), []
+    with tempfile.TemporaryDirectory() as place:
+        home = Path(place)
+        tiny.tiny_model().save_pretrained(home / "model")
+        tiny.tiny_tokenizer().save_pretrained(home / "model")
+        words = [f"thing number {n}" for n in range(400)]
+        rows = [{"prompt": f"What is {w}?", "source": f"{w}, mate.", "target": f"Sir, {w}."}
+                for w in words]  # fmt: skip
+        (home / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        whole, seconds = chain(home, "whole")
+        for number in range(count):
+            verb = ("record", "fit", "tune")[number % 3]
+            name = f"killed-{number}"
+            # What comes before the killed verb is that of the undisturbed run.
+            if verb != "record":
+                (home / f"{name}-rows").symlink_to(home / "whole-rows")
+            moment = dice.uniform(0.1, 0.98) * seconds[verb]
+            same = chain(home, name, verb, moment)[0] == whole
+            found.append({"verb": verb, "moment": round(moment, 2), "same": same})
+            print(found[-1], file=sys.stderr, flush=True)
+    return found
+
+
+def chain(
+    home: Path, name: str, killed: str = "", moment: float = 0.0
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Record, fit and tune under a name, one of them killed and run again; digests and seconds."""
+    rows, steering = f"{name}-rows", f"{name}-steering"
+    verbs = {
+        "record": ["record", "mine.jsonl", "-o", rows, "-m", "model", "--layers", "1"],
+        "fit": ["fit", "mine.jsonl", "--rows", rows, "-o", steering, "-m", "model"]
+        + ["--set", "epochs=60"],
+        "tune": ["tune", steering, "mine.jsonl", "--preview"],
+    }
+    seconds = {}
+    for verb, words in verbs.items():
+        out = home / words[words.index("-o") + 1] if "-o" in words else None
+        command = [sys.executable, "-m", "innsteer.cli", *words]
+        quiet: dict[str, Any] = {"cwd": home, "stderr": subprocess.DEVNULL, "stdout": -3}
+        if verb == killed:
+            run = subprocess.Popen(command, **quiet)
+            time.sleep(moment)
+            run.kill()
+            run.wait()
+        started = time.perf_counter()
+        if out is None or not out.exists():  # it may have ended before it was killed
+            subprocess.run(command, check=True, **quiet)
+        seconds[verb] = time.perf_counter() - started
+    fitted = Steering.load(home / steering)
+    found = {
+        "rows": Activations.load(home / rows).hash,
+        "identity": fitted.identity,
+        "strength": repr(fitted.calibration["mine"].strength),
+    }
+    return found, seconds
+
+
+def mutations(count: int = 20_000, seed: int = 0) -> dict[str, int]:
+    """What loading does with damaged files, and with forged ones whose seal fits."""
+    dice, verdicts = random.Random(seed), dict.fromkeys(("refused", "same", "other", "crash"), 0)
+    verdicts["slow"] = 0
+    h, coef = torch.randn(3, 8), torch.ones(3, 1)
+    with tempfile.TemporaryDirectory() as place:
+        home = Path(place)
+        acts = Activations.of_sides(torch.randn(16, 8), torch.randn(16, 8) + 1)
+        method = get("innsteer", hidden=8, epochs=2)
+        whole = Steering(method, method.fit(acts), ("mood",)).save(home / "whole")
+        right = outputs(Steering.load(whole), h, coef)
+        files = {path.name: path.read_bytes() for path in whole.iterdir()}
+        seal = json.loads(files["steering.seal.json"])
+        bad = home / "bad"
+        bad.mkdir()
+        for number in range(count):
+            name = dice.choice(sorted(files))
+            changed = mutated(files[name], dice)
+            for other, content in files.items():
+                (bad / other).write_bytes(changed if other == name else content)
+            if number % 2 and name in seal["files"]:
+                forged = {**seal["files"], name: sha256_file(bad / name)}
+                (bad / "steering.seal.json").write_text(json.dumps({"files": forged}))
+            started = time.perf_counter()
+            try:
+                found = outputs(Steering.load(bad), h, coef)
+                verdict = "same" if torch.equal(found, right) else "other"
+            except InnsteerError:
+                verdict = "refused"
+            except Exception as error:  # what a hostile file must not reach
+                verdict = "crash"
+                print(name, number, repr(error)[:300], file=sys.stderr, flush=True)
+            verdicts[verdict] += 1
+            verdicts["slow"] += time.perf_counter() - started > 2
+    return verdicts
+
+
+def outputs(steering: Steering, h: torch.Tensor, coef: torch.Tensor) -> torch.Tensor:
+    """What an artifact does to some rows."""
+    with torch.no_grad():
+        return torch.cat([part(h, coef) for _, part in steering.interventions.items()])
+
+
+def mutated(data: bytes, dice: random.Random) -> bytes:
+    """A file with a byte flipped, a stretch cut, doubled or replaced, or a number made odd."""
+    kind = dice.randrange(6)
+    start = dice.randrange(max(len(data), 1))
+    stop = min(start + dice.randint(1, 40), len(data))
+    if kind == 0:
+        return data[:start] + bytes([data[start] ^ 1 << dice.randrange(8)]) + data[start + 1 :]
+    if kind == 1:
+        return data[:start] + data[stop:]
+    if kind == 2:
+        return data[:stop] + data[start:]
+    if kind == 3:
+        return data[:start] + dice.randbytes(stop - start) + data[stop:]
+    if kind == 4:
+        return data[:start]
+    digits = [n for n, byte in enumerate(data) if chr(byte).isdigit()]
+    odd = dice.choice([b"-1", b"1e999", b"99999999999", b"null", b"[]", b'"../../x"', b"NaN"])
+    at = dice.choice(digits) if digits else 0
+    return data[:at] + odd + data[at + 1 :]
+
+
 def main() -> None:
-    """Run every cell, write the table into the page and the figures beside it."""
-    warnings.simplefilter("ignore")
-    found = matrix()
-    verdicts = [v for one in found.values() for ways in one.values() for v in ways.values()]
-    start, end = "<!-- matrix:start -->\n", "<!-- matrix:end -->"
-    page = PAGE.read_text(encoding="utf-8")
-    head, _, rest = page.partition(start)
-    PAGE.write_text(head + start + table(found) + end + rest.partition(end)[2], encoding="utf-8")
-    share = verdicts.count("works") / len(verdicts)
-    figure = {"figure": "matrix: cells that work", "value": share, "low": share, "high": share}
-    record = figure | {"asked": ">= 1", "unit": "share", "n": len(verdicts)}
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    write_json(
-        RESULTS,
-        {
-            "command": "python benchmarks/breadth.py",
-            "versions": versions | {"python": platform.python_version()},
-            "machine": "2 cores, CPU",
-            "figures": [record],
-            "matrix": found,
-        },
+    """Run what is asked, write the table into the page and the figures beside it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    print(json.dumps(record))
+    parser.add_argument("--only", choices=["matrix", "kills", "mutations"])
+    asked = parser.parse_args()
+    warnings.simplefilter("ignore")
+    kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    figures = {one["figure"]: one for one in kept.get("figures", [])}
+
+    def note(name: str, good: int, n: int) -> None:
+        bounds = dict.fromkeys(("value", "low", "high"), good / n)
+        figures[name] = {"figure": name, **bounds, "asked": ">= 1", "unit": "share", "n": n}
+        print(json.dumps(figures[name]))
+
+    if asked.only in (None, "matrix"):
+        found = matrix()
+        verdicts = [v for one in found.values() for ways in one.values() for v in ways.values()]
+        start, end = "<!-- matrix:start -->\n", "<!-- matrix:end -->"
+        page = PAGE.read_text(encoding="utf-8")
+        head, _, rest = page.partition(start)
+        whole = head + start + table(found) + end + rest.partition(end)[2]
+        PAGE.write_text(whole, encoding="utf-8")
+        kept["matrix"] = found
+        note("matrix: cells that work", verdicts.count("works"), len(verdicts))
+    if asked.only in (None, "kills"):
+        kept["kills"] = kills()
+        same = sum(one["same"] for one in kept["kills"])
+        note("kill -9: artifacts as undisturbed", same, len(kept["kills"]))
+    if asked.only in (None, "mutations"):
+        kept["mutations"] = verdicts = mutations()
+        good = verdicts["refused"] + verdicts["same"]
+        count = good + verdicts["other"] + verdicts["crash"]
+        note("mutations: refused or the same", good, count)
+        note("mutations: within 2 seconds", count - verdicts["slow"], count)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    kept |= {
+        "command": "python benchmarks/breadth.py",
+        "versions": versions | {"python": platform.python_version()},
+        "machine": "2 cores, CPU",
+        "figures": list(figures.values()),
+    }
+    write_json(RESULTS, kept)
 
 
 if __name__ == "__main__":

@@ -675,6 +675,61 @@ def test_doctor_fails_where_a_way_does(run, monkeypatch):
     assert "greedy" in err and "do not run this model that way" in err
 
 
+# --- chat ----------------------------------------------------------------------------------------
+
+
+def say(monkeypatch, *lines):
+    """Answer the chat's prompts with these lines, then with the end of input."""
+    left = iter(lines)
+
+    def ask(*_, **__):
+        try:
+            return next(left)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(cli.out, "input", ask)
+
+
+def test_chat_answers_on_both_sides_and_remembers_each(run, fitted, monkeypatch):
+    asked, generate = [], hf.HF.generate
+
+    def watched(self, prompts, edits, sampling):
+        asked.append((prompts[0].conversation, [edit.coef.tolist() for edit in edits]))
+        return generate(self, prompts, edits, sampling)
+
+    monkeypatch.setattr(hf.HF, "generate", watched)
+    say(
+        monkeypatch,
+        "Hello",
+        "/strength 0.25",
+        "",
+        "Why?",
+        "/plain",
+        "So?",
+        "/reset",
+        "/plain",
+        "Hm?",
+    )
+    code, out, err = run("chat", fitted, "-n", "3", "-s", "1")
+    assert code == 0, err
+    assert out.count("plain   ") == 3 and out.count("steered ") == 4
+    assert following(out)[0] == "inspect"
+    coefs = [edits for _, edits in asked]
+    assert coefs == [[], [[1.0]], [], [[0.25]], [[0.25]], [], [[0.25]]]
+    roles = [[turn["role"] for turn in conversation] for conversation, _ in asked]
+    assert [len(found) for found in roles] == [1, 1, 3, 3, 5, 1, 1]
+    plain, steered = asked[2][0], asked[3][0]
+    assert plain[0] == steered[0] and plain[2] == steered[2] and plain[1]["role"] == "assistant"
+
+
+def test_a_slip_in_a_chat_ends_nothing(run, fitted, monkeypatch):
+    say(monkeypatch, "/strenght 2", "/strength loud", "/strength other=1", "Hi", "/quit", "never")
+    code, out, err = run("chat", fitted, "-n", "2")
+    assert code == 0 and out.count("steered ") == 1
+    assert "did you mean '/strength'" in err and "'loud'" in err and "behaviour 'other'" in err
+
+
 # --- vectors -------------------------------------------------------------------------------------
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from innsteer.errors import FormatError, InputError, UnknownName
-from innsteer.files import fresh_folder, read_json, sha256_file, write_json
+from innsteer.files import Journal, fresh_folder, read_json, resumed_folder, sha256_file, write_json
 from innsteer.site import Site
 
 Read = Literal["last", "mean", "all", "span"]
@@ -377,7 +377,13 @@ class Activations:
 
 
 class ShardWriter:
-    """Writes a recording shard by shard; the folder appears whole at the end, or not at all."""
+    """Writes a recording shard by shard; the folder appears whole at the end, or not at all.
+
+    Args:
+        resume: what is recorded, as a digest. An interrupted recording then stays, hidden beside
+            the folder, and the next writer with the same digest goes on after its ``done`` shards,
+            with as many threads as it had: another number would change the last bits.
+    """
 
     def __init__(
         self,
@@ -385,6 +391,8 @@ class ShardWriter:
         behaviours: Sequence[str],
         read: str,
         provenance: Mapping[str, Any],
+        *,
+        resume: str = "",
     ) -> None:
         self._head = {
             "format": FORMAT,
@@ -394,11 +402,26 @@ class ShardWriter:
         }
         self._files: dict[str, str] = {}
         self._target = folder
+        self._resume = resume
         self._stack = ExitStack()
         self._folder: Path | None = None
+        self._journal: Journal | None = None
+        self.done = 0
 
     def __enter__(self) -> "ShardWriter":
-        self._folder = self._stack.enter_context(fresh_folder(self._target))
+        if self._resume:
+            threads = torch.get_num_threads()
+            head: dict[str, Any] = {"recording": self._resume, "threads": threads}
+            self._journal = self._stack.enter_context(resumed_folder(self._target, head))
+            self._folder = self._journal.folder
+            for entry in self._journal.done:
+                self._files |= entry["files"]
+            self.done = len(self._journal.done)
+            if (before := self._journal.head["threads"]) != threads:
+                self._stack.callback(torch.set_num_threads, threads)
+                torch.set_num_threads(before)
+        else:
+            self._folder = self._stack.enter_context(fresh_folder(self._target))
         self._stack.push(self._finish)
         return self
 
@@ -414,11 +437,13 @@ class ShardWriter:
         named = {str(site): v for site, v in values.items()}
         named |= {f"{BEFORE}{site}": v for site, v in context.items()}
         tensors = {name: v.float().contiguous() for name, v in named.items()}
-        save_file(tensors, self._folder / f"{stem}.safetensors")
-        write_json(self._folder / f"{stem}.rows.json", rows.records())
-        for suffix in ("safetensors", "rows.json"):
-            name = f"{stem}.{suffix}"
-            self._files[name] = sha256_file(self._folder / name)
+        names = [f"{stem}.safetensors", f"{stem}.rows.json"]
+        save_file(tensors, self._folder / names[0])
+        write_json(self._folder / names[1], rows.records())
+        if self._journal is not None:
+            self._files |= self._journal.add(*names)
+        else:
+            self._files |= {name: sha256_file(self._folder / name) for name in names}
 
     def _finish(self, kind: type[BaseException] | None, *_: object) -> None:
         """Write the head, inside the staging folder's context: if that fails, nothing stays."""

@@ -344,6 +344,69 @@ def generate(
     )
 
 
+@app.command()
+def chat(
+    steering: STEERING,
+    model: MODEL = "",
+    strength: STRENGTH = "",
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="New tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy.")] = 0.0,
+    seed: SEED = 0,
+) -> None:
+    """Talk to the plain and the steered model side by side; /strength 0.5 changes it as you go."""
+    from innsteer.backends.base import Prompt, Sampling
+    from innsteer.backends.hf import HF
+    from innsteer.steering import Steering
+
+    fitted = Steering.load(steering)
+    edit = fitted.edit(_strength(strength))
+    backend = HF(_base(fitted, model))
+    sides: dict[str, list[dict[str, str]]] = {"plain": [], "steered": []}
+    shown = list(sides)
+    out.print(f"[dim]{_escape(CHAT)}[/dim]")
+    turn = 0
+    while True:
+        try:
+            line = out.input("[bold]you[/bold]      ").strip()
+        except EOFError:
+            break
+        word, _, value = line.partition(" ")
+        try:
+            if word == "/quit":
+                break
+            if word == "/reset":
+                sides = {name: [] for name in sides}
+            elif word == "/strength":
+                edit = fitted.edit(_strength(value.strip()))
+                mix = dict(zip(fitted.behaviours, edit.coef.tolist(), strict=True))
+                told = ", ".join(f"{name} {number:.4g}" for name, number in mix.items())
+                out.print(f"[dim]{_escape(told)}[/dim]")
+            elif word == "/plain":
+                shown = ["steered"] if "plain" in shown else list(sides)
+            elif word.startswith("/"):
+                raise UnknownName("command", word, ("/strength", "/plain", "/reset", "/quit"))
+            elif line:
+                sampling = Sampling(tokens, temperature, seed + turn)
+                turn += 1
+                for name in shown:
+                    asked = [*sides[name], {"role": "user", "content": line}]
+                    prompt = Prompt(f"{turn}", tuple(asked))  # type: ignore[arg-type]
+                    edits = [edit] if name == "steered" and bool((edit.coef != 0).any()) else []
+                    (answer,) = backend.generate([prompt], edits, sampling)
+                    sides[name] = [*asked, {"role": "assistant", "content": answer.text}]
+                    out.print(f"[dim]{name:8}[/dim] {_escape(answer.text)}")
+        except InnsteerError as error:
+            # A slip of the keyboard ends no conversation.
+            _warn(str(error))
+    _next(_command("inspect", steering))
+
+
+CHAT = (
+    "/strength 0.5 (a number, budget, 0.05nat or a mix), /plain shows or hides the plain model, "
+    "/reset forgets, /quit or Ctrl-D ends"
+)
+
+
 @app.command("eval")
 def evaluate(
     steering: Annotated[list[Path], typer.Argument(help="Folders of tuned steerings.")],
@@ -976,7 +1039,7 @@ def main() -> NoReturn:
             message += f" The verbs: {verbs}"
         _fail(message + _given(message), 2)
     if code == 130:
-        _fail("interrupted; nothing half-written was left", code)
+        _fail("interrupted; the same command goes on with what was recorded", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -58,6 +58,129 @@ def fresh_folder(folder: str | Path, *, replace: bool = False) -> Iterator[Path]
         raise
 
 
+class Journal:
+    """What of a long work is done: a line per part, each flushed to disk before the next begins.
+
+    Attributes:
+        folder: where the parts are written.
+        done: the entries of an earlier run, those whose files are whole.
+    """
+
+    NAME = "journal.jsonl"
+
+    def __init__(self, folder: Path, head: dict[str, Any]) -> None:
+        self.folder = folder
+        self._file = (folder / self.NAME).open("a+", encoding="utf-8")
+        self._lock()
+        self._file.seek(0)
+        lines = self._file.read().splitlines()
+        self.head = head
+        self.done: list[dict[str, Any]] = []
+        if lines:
+            self._resume(lines)
+        else:
+            self._write(head)
+
+    def _lock(self) -> None:
+        """One writer at a time, as long as it lives."""
+        try:
+            import fcntl
+
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except ImportError:  # no such locks on this system
+            pass
+        except OSError as error:
+            self._file.close()
+            raise InputError(
+                f"{self.folder} is being written by another process",
+                remedy="wait for it, or choose another name",
+            ) from error
+
+    def _resume(self, lines: list[str]) -> None:
+        found = [_entry(line) for line in lines]
+        asked = {k: v for k, v in self.head.items() if k != "threads"}
+        if found[0] is None or {k: v for k, v in found[0].items() if k != "threads"} != asked:
+            self._file.close()
+            raise InputError(
+                f"{self.folder} holds an interrupted run of something else",
+                expected="the same data, model and options, to go on where it stopped",
+                remedy="finish that one with its own command, or remove the folder",
+            )
+        self.head = found[0]
+        for entry in found[1:]:
+            # A torn line, or a file that the disk lost: what follows is done again.
+            if entry is None or not all(
+                (path := self.folder / name).is_file() and sha256_file(path) == digest
+                for name, digest in entry["files"].items()
+            ):
+                break
+            self.done.append(entry)
+        self._file.truncate(0)
+        self._write(self.head)
+        for entry in self.done:
+            self._write(entry)
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        self._file.write(json.dumps(entry, sort_keys=True) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def add(self, *names: str) -> dict[str, str]:
+        """Note a part's files, which are complete; returns their digests."""
+        for name in names:
+            _sync(self.folder / name)
+        files = {name: sha256_file(self.folder / name) for name in names}
+        self._write({"files": files})
+        return files
+
+    def close(self, *, remove: bool) -> None:
+        """Let go of the journal."""
+        self._file.close()
+        if remove:
+            (self.folder / self.NAME).unlink()
+
+
+def _entry(line: str) -> dict[str, Any] | None:
+    """A line of a journal, or None where it is torn."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
+
+
+@contextmanager
+def resumed_folder(folder: str | Path, head: dict[str, Any]) -> Iterator[Journal]:
+    """A folder that becomes ``folder`` on success and stays, hidden beside it, when interrupted.
+
+    The next run with the same ``head`` gets what is done; ``head["threads"]`` may differ, and is
+    then the earlier run's.
+
+    Raises:
+        InputError: ``folder`` exists or cannot be made, another process is at it, or an interrupted
+            run of something else is in the way.
+    """
+    target = Path(folder)
+    require_absent(target)
+    partial = target.parent / f".{target.name}.partial"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot write to {target.parent}: {error.strerror}") from error
+    journal = Journal(partial, head)
+    try:
+        yield journal
+    except BaseException:
+        journal.close(remove=False)
+        if not journal.done and not any(p.name != Journal.NAME for p in partial.iterdir()):
+            shutil.rmtree(partial)
+        raise
+    journal.close(remove=True)
+    for path in partial.rglob("*"):
+        _sync(path)
+    os.replace(partial, target)
+
+
 def require_absent(folder: str | Path) -> None:
     """Refuse a folder to write that exists or cannot be made: now, not after minutes of work.
 

@@ -1,7 +1,11 @@
 """HF: what it generates, scores, records and measures, against the same done by hand."""
 
+import subprocess
+import sys
+import time
 import weakref
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +13,7 @@ import torch
 import tiny
 from edits import bits, edit, hooks_of, seen, shift, told
 from innsteer import metrics
-from innsteer.activations import READS, Activations, ShardWriter
+from innsteer.activations import READS, Activations, Rows, ShardWriter
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast
@@ -312,18 +316,120 @@ def test_rows_that_are_not_finite_do_not_reach_the_disk(contrast, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_recording_leaves_no_folder_and_no_hook(model, contrast, tmp_path):
-    count = hooks_of(model.model)
+def interrupted(model, contrast, folder, after=2, **how):
+    """A recording that ends by Ctrl-C after some batches."""
 
     def interrupt(stage, done, total):
-        if done:
+        if done >= after:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
+        HF(model, batch_tokens=1).record(contrast, SITES, folder=folder, progress=interrupt, **how)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_an_interrupted_recording_goes_on_where_it_stopped(model, contrast, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    HF(model, batch_tokens=1).record(contrast, SITES, folder=whole)
+    count = hooks_of(model.model)
+    interrupted(model, contrast, tmp_path / "rows", after=3)
+    assert not (tmp_path / "rows").exists() and hooks_of(model.model) == count
+    written, write = [], ShardWriter.write
+    monkeypatch.setattr(
+        ShardWriter, "write", lambda self, *args: (written.append(1), write(self, *args))[1]
+    )
+    HF(model, batch_tokens=1).record(contrast, SITES, folder=tmp_path / "rows")
+    assert len(written) == 10 - 3
+    assert contents(tmp_path / "rows") == contents(whole)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["rows", "whole"]
+
+
+KILLED = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import tiny
+from innsteer.backends.hf import HF
+from innsteer.contrast import Contrast
+from innsteer.site import Site
+rows = [{{"prompt": "p%d" % n, "source": "a", "target": "b " * n}} for n in range(1, 9)]
+HF(tiny.tiny_language_model("llama"), batch_tokens=1).record(
+    Contrast.load(rows), [Site(1)], folder={folder!r}, progress=lambda *_: time.sleep({pause})
+)
+"""
+
+
+def test_a_killed_recording_goes_on_to_the_same_bytes(tmp_path):
+    def start(name, pause):
+        tests = str(Path(__file__).parents[1])
+        script = KILLED.format(tests=tests, folder=str(tmp_path / name), pause=pause)
+        return subprocess.Popen([sys.executable, "-c", script])
+
+    assert start("whole", 0).wait() == 0
+    killed = start("rows", 0.2)
+    partial = tmp_path / ".rows.partial"
+    while len(list(partial.glob("*.safetensors"))) < 3:
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert not (tmp_path / "rows").exists()
+    assert start("rows", 0).wait() == 0
+    assert contents(tmp_path / "rows") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("harm", ["torn line", "lost shard", "altered shard", "lost journal"])
+def test_what_an_interruption_spoiled_is_recorded_again(model, contrast, tmp_path, harm):
+    whole, partial = tmp_path / "whole", tmp_path / ".rows.partial"
+    HF(model, batch_tokens=1).record(contrast, SITES, folder=whole)
+    interrupted(model, contrast, tmp_path / "rows", after=3)
+    journal = partial / "journal.jsonl"
+    if harm == "torn line":
+        journal.write_text(journal.read_text()[:-7])
+    elif harm == "lost shard":
+        (partial / "00001.safetensors").unlink()
+    elif harm == "altered shard":
+        (partial / "00001.rows.json").write_text("[]")
+    else:
+        journal.unlink()
+    HF(model, batch_tokens=1).record(contrast, SITES, folder=tmp_path / "rows")
+    assert contents(tmp_path / "rows") == contents(whole)
+
+
+def test_an_interrupted_recording_of_something_else_is_not_mixed_in(model, contrast, tmp_path):
+    interrupted(model, contrast, tmp_path / "rows")
+    for how in ({"read": "mean"}, {"padding_side": "left"}):
+        with pytest.raises(InputError, match="an interrupted run of something else"):
+            HF(model, batch_tokens=1).record(contrast, SITES, folder=tmp_path / "rows", **how)
+    with pytest.raises(InputError, match="something else"):
+        HF(model, batch_tokens=1).record(contrast, SITES[:1], folder=tmp_path / "rows")
+    assert HF(model, batch_tokens=1).record(contrast, SITES, folder=tmp_path / "rows")
+
+
+def test_a_resumed_recording_uses_the_threads_that_it_began_with(model, contrast, tmp_path):
+    threads = torch.get_num_threads()
+    interrupted(model, contrast, tmp_path / "rows")
+    used = []
+    try:
+        torch.set_num_threads(threads + 1)
         HF(model, batch_tokens=1).record(
-            contrast, SITES, folder=tmp_path / "rows", progress=interrupt
-        )
-    assert list(tmp_path.iterdir()) == [] and hooks_of(model.model) == count
+            contrast, SITES, folder=tmp_path / "rows",
+            progress=lambda *_: used.append(torch.get_num_threads()),
+        )  # fmt: skip
+        assert set(used) == {threads} and torch.get_num_threads() == threads + 1
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_two_recordings_into_one_folder_are_refused(model, contrast, tmp_path):
+    with ShardWriter(tmp_path / "rows", ("b",), "last", {}, resume="x") as shards:
+        with pytest.raises(InputError, match="written by another process"):
+            with ShardWriter(tmp_path / "rows", ("b",), "last", {}, resume="x"):
+                pass
+        shards.write({Site(1): torch.zeros(1, 2)}, Rows.of([{"side": "source"}]))
+    assert (tmp_path / "rows" / "activations.json").is_file()
 
 
 # --- cost ----------------------------------------------------------------------------------------

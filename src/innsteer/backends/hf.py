@@ -1,5 +1,6 @@
 """The Hugging Face engine: generate, score, record and compare, on one machine."""
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
@@ -18,6 +19,7 @@ from innsteer.backends.meter import Reference as Reference
 from innsteer.backends.meter import instruct as instruct
 from innsteer.contrast import Contrast, Item
 from innsteer.errors import InputError
+from innsteer.files import canonical
 from innsteer.hooks import Attachment, Trace
 from innsteer.interventions import Edit
 from innsteer.models import Encoded, LanguageModel
@@ -273,7 +275,8 @@ class HF(Engine):
             span: half-open, counted from the answer's first token; -1 is the last prompt token.
             padding_side: of the batches; the rows do not depend on it.
             folder: write shards there, batch by batch, and hold none of them until the end, when
-                the rows are read back.
+                the rows are read back. An interrupted recording stays beside it, hidden, and the
+                same call goes on where it stopped, to the same bytes.
 
         Raises:
             InputError: no item, or an item without a token to read.
@@ -292,12 +295,19 @@ class HF(Engine):
             "read": read,
             "innsteer": __version__,
         }
-        shards = ShardWriter(folder, (contrast.behaviour,), read, provenance) if folder else None
+        shards = None
+        if folder:
+            asked = [provenance, list(map(str, sorted(sites))), list(span), padding_side]
+            plan = hashlib.sha256(canonical([*asked, self.batch_tokens])).hexdigest()
+            behaviours = (contrast.behaviour,)
+            shards = ShardWriter(folder, behaviours, read, provenance, resume=plan)
         batches: list[Activations] = []
         with shards or nullcontext(), torch.inference_mode(), ExitStack() as stack:
             seen = self._capture(stack, sites)
             lengths = [len(encoded.ids) for _, _, encoded in jobs]
-            for index in self._batches(lengths, progress, "record"):
+            for number, index in enumerate(self._batches(lengths, progress, "record")):
+                if shards and number < shards.done:
+                    continue
                 part = [jobs[j] for j in index]
                 ids, mask = self._pad([e.ids for _, _, e in part], side=padding_side)
                 places = positions_of(mask)
