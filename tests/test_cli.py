@@ -675,6 +675,26 @@ def test_doctor_fails_where_a_way_does(run, monkeypatch):
     assert "greedy" in err and "do not run this model that way" in err
 
 
+# --- recalibrate ---------------------------------------------------------------------------------
+
+
+def test_a_steering_is_moved_to_a_sibling_on_request(run, home, fitted):
+    model = tiny.tiny_model()
+    for weight in model.parameters():
+        weight.mul_(1.0005)
+    model.save_pretrained(home / "update")
+    tiny.tiny_tokenizer().save_pretrained(home / "update")
+    words = ["tune", fitted, "mine.jsonl", "--preview", "--out", "moved"]
+    code, _, err = run(*words, "-m", "update")
+    assert code == 3 and "has another weights" in err
+    code, _, err = run(*words, "--recalibrate")
+    assert code == 2 and "--recalibrate without --model" in err
+    code, out, err = run(*words, "--recalibrate", "-m", "update")
+    assert code == 0, err
+    assert following(out)[:2] == ["eval", "moved"] and "update" in following(out)
+    assert Steering.load(home / "moved").provenance["recalibrated"]["differs"] == ["weights"]
+
+
 # --- chat ----------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 import tiny
 from innsteer import fitting, tuning
@@ -14,6 +15,7 @@ from innsteer.errors import (
     BudgetError,
     DataError,
     InputError,
+    MismatchError,
 )
 from innsteer.interventions import Shift
 from innsteer.metrics import get as get_metric
@@ -367,3 +369,64 @@ def test_joint_tuning_holds_both_halves_to_the_budget(model, fitted, monkeypatch
 def test_joint_tuning_of_a_behaviour_without_in_format_prompts_is_an_error(model, fitted):
     with pytest.raises(InputError, match="in-format"):
         tuning._in_format(HF(model), OPEN, list(fitted.interventions))
+
+
+# --- siblings ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tuned(model):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tuning.suites, "neutral", lambda part: neutral(part)[:12])
+        fitted = fitting.fit(model, OPEN, "innsteer", sites=[Site(1)], hidden=8, epochs=30)
+        return tuning.tune(model, fitted, OPEN, preview=True, search_tokens=60)
+
+
+def sibling(scale=1.0, noise=1e-3):
+    """The model with a little noise in its weights, as an update or a quantisation leaves it."""
+    other = tiny.tiny_language_model()
+    draw = torch.Generator().manual_seed(5)
+    for name, weight in other.model.named_parameters():
+        weight.mul_(1 + noise * torch.randn(weight.shape, generator=draw))
+        if "down_proj" in name or "o_proj" in name:
+            weight.mul_(scale)
+    return other
+
+
+def test_a_steering_moves_to_a_sibling_where_it_holds(tuned):
+    other = sibling()
+    with pytest.raises(MismatchError):
+        tuned.check(other)
+    moved = tuning.recalibrate(other, tuned, OPEN, search_tokens=60)
+    moved.check(other)
+    assert moved.identity != tuned.identity
+    notes = moved.provenance["recalibrated"]
+    assert notes["from"] == tuned.identity and notes["differs"] == ["weights"]
+    assert notes["strength"] == pytest.approx(1, abs=0.2) and notes["round_trip"] < 1e-4
+    curve = moved.calibration[OPEN.behaviour]
+    assert curve.budget == tuned.calibration[OPEN.behaviour].budget and curve.preview
+    for one, own in zip(
+        moved.interventions.state_dict().values(),
+        tuned.interventions.state_dict().values(),
+        strict=True,
+    ):
+        assert torch.equal(one, own)
+
+
+def test_a_sibling_on_which_it_does_not_hold_is_refused_with_the_figures(tuned):
+    with pytest.raises(MismatchError, match=r"not hold .*(displacement|strength) [\d.e-]+, no"):
+        tuning.recalibrate(sibling(scale=4.0), tuned, OPEN, search_tokens=60)
+
+
+def test_only_a_tuned_steering_moves_and_only_to_a_sibling(model, fitted, tuned):
+    with pytest.raises(InputError, match="without calibration of"):
+        tuning.recalibrate(sibling(), fitted, OPEN)
+    with pytest.raises(InputError, match="is the model that this steering was fitted on"):
+        tuning.recalibrate(model, tuned, OPEN)
+    with pytest.raises(MismatchError, match="no sibling of .*another depth or width"):
+        tuning.recalibrate(tiny.tiny_language_model(num_hidden_layers=1), tuned, OPEN)
+    other = sibling()
+    other.tokenizer.chat_template = other.tokenizer.chat_template.replace("user", "person")
+    other.tokenizer.chat_template += "\n"
+    with pytest.raises(MismatchError, match="another weights, template"):
+        tuning.recalibrate(other, tuned, OPEN)

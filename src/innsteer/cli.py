@@ -251,38 +251,49 @@ def tune(
     both_ways: Annotated[bool, typer.Option(help="Measure negative strengths too.")] = False,
     joint: Annotated[bool, typer.Option(help="Hold the in-format cost to the budget too.")] = False,
     preview: Annotated[bool, typer.Option(help="Skip the last check on 2,000 tokens.")] = False,
+    recalibrate: Annotated[
+        bool,
+        typer.Option(
+            "--recalibrate",
+            help="Move it to --model, a quantised or updated sibling, if it still holds there.",
+        ),
+    ] = False,
+    folder: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Folder to write; default: in place.")
+    ] = None,
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
     """Measure dose and response, and find the strength of most effect within the budget."""
+    if folder:
+        require_absent(folder)
+    if recalibrate and not model:
+        raise InputError("--recalibrate without --model", expected="the sibling to move it to")
     from innsteer import tuning
     from innsteer.steering import Steering
 
     fitted = Steering.load(steering)
     with Bars(as_json) as progress:
         contrast = _contrast(data)
-        language_model = _base(fitted, model)
-        tuned = tuning.tune(
-            language_model,
-            fitted,
-            contrast,
-            budget=budget,
-            both_ways=both_ways,
-            joint=joint,
-            preview=preview,
-            seed=seed,
-            progress=progress,
-        )
-        tuned.save(steering, replace=True)
+        how: dict[str, Any] = {"both_ways": both_ways, "joint": joint, "preview": preview}
+        how |= {"seed": seed, "progress": progress}
+        if recalibrate:
+            tuned = tuning.recalibrate(_load(model), fitted, contrast, **how)
+            tuned = replace(tuned, provenance={**tuned.provenance, "model": model})
+        else:
+            language_model = _base(fitted, model)
+            tuned = tuning.tune(language_model, fitted, contrast, budget=budget, **how)
+        place = folder or steering
+        tuned.save(place, replace=folder is None)
     if not as_json:
         out.print(_dose_table(tuned))
     curve = tuned.calibration[contrast.behaviour]
     spent = curve.at_budget.nats
     text = f"strength {curve.strength:.4g} costs {spent:.3g} of {budget} nats per token"
     following = _command(
-        "eval", steering, "--data", data, *_of(model or _source(tuned)), "--out", "report"
+        "eval", place, "--data", data, *_of(model or _source(tuned)), "--out", "report"
     )
-    _done(as_json, _facts(tuned, steering), text, following)
+    _done(as_json, _facts(tuned, place), text, following)
 
 
 @app.command()

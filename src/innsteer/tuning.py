@@ -1,9 +1,10 @@
-"""Dose-response, strength within a budget, and the choice of a layer."""
+"""Dose-response, strength within a budget, and moving both to a sibling of the model."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -11,8 +12,8 @@ from innsteer.backends.base import Completion, Kind, Progress, Prompt, Sampling,
 from innsteer.backends.hf import HF, Meter
 from innsteer.calibration import BUDGET, Calibration, Dose
 from innsteer.contrast import Contrast
-from innsteer.errors import BudgetError, InputError
-from innsteer.fitting import check_unseen
+from innsteer.errors import BudgetError, InputError, MismatchError
+from innsteer.fitting import check_unseen, record_parts, through
 from innsteer.interventions import Edit
 from innsteer.metrics import get as metric
 from innsteer.models import LanguageModel
@@ -177,6 +178,102 @@ def tune(
     notes = {"control": control_metric(held), "costs": ["neutral_cost", *halves], "by": by}
     every = {**steering.provenance.get("tuning", {}), contrast.behaviour: notes}
     return steering.tuned({contrast.behaviour: curve}, tuning=every).of(contrast.behaviour)
+
+
+def recalibrate(
+    model: LanguageModel,
+    steering: Steering,
+    contrast: Contrast,
+    *,
+    seed: int = 0,
+    progress: Progress = silent,
+    **how: Any,
+) -> Steering:
+    """Move a tuned steering to a quantised or updated sibling of its model, where it still holds.
+
+    On the new model it is tuned again within the same budget, and must still have: an exact round
+    trip (where the map has one: <= 1e-4 of a row), the displacement per strength (0.8 to 1.25 of
+    the old), the strength at the budget (0.5 to 2 of the old) and the effect there (>= 0.8 of it).
+
+    Args:
+        model: another one of the same tokenizer, template, depth and width.
+        contrast: of the behaviour that is moved; the calibration of others is dropped.
+        **how: of ``tune``.
+
+    Returns:
+        The steering on the new model, calibrated there; its provenance holds ``recalibrated`` with
+        the old identity and every figure.
+
+    Raises:
+        InputError: not tuned, or this very model. MismatchError: another tokenizer or template, no
+            such layers, or a figure out of its range; the message has them all.
+    """
+    old = steering.calibration.get(contrast.behaviour)
+    if old is None or steering.base is None:
+        raise InputError(
+            f"a steering without calibration of {contrast.behaviour!r}",
+            expected="one that was tuned on its own model, to compare with",
+            remedy="tune it there first, or fit it on this model",
+        )
+    differing = steering.base.differs(model.fingerprint)
+    if not differing:
+        raise InputError(
+            f"{model.name!r} is the model that this steering was fitted on",
+            expected="another one, to recalibrate for",
+            remedy="tune it",
+        )
+    widths = {site: part.width for site, part in steering.interventions.items()}
+    fits = all(
+        site.layer < len(model.layout.blocks) and model.layout.width_of(site) == width
+        for site, width in widths.items()
+    )
+    if not fits or {"tokenizer", "template"} & set(differing):
+        raise MismatchError(
+            f"{model.name!r} is no sibling of {steering.base.name!r}: another "
+            + (", ".join(differing) if fits else "depth or width"),
+            expected="the same tokenizer, chat template, depth and width",
+            remedy="fit it on this model",
+        )
+    moved = replace(steering, base=model.fingerprint, calibration={})
+    how = {"budget": old.budget, "preview": old.preview} | how
+    tuned = tune(model, moved, contrast, seed=seed, progress=progress, **how)
+    new = tuned.calibration[contrast.behaviour]
+    sites = list(steering.interventions)
+    rows = (
+        through(model, contrast, sites, progress=progress).rows()
+        if steering.steerer.through
+        else record_parts(model, contrast, sites, progress=progress)
+    )
+    health = steering.steerer.diagnose(rows, steering.interventions)
+    before, after = old.at_budget, new.at_budget
+    base = [next(d.control or 0.0 for d in c.doses if not d.strength) for c in (old, new)]
+    effects = [(d.control or 0.0) - b for d, b in zip((before, after), base, strict=True)]
+    per = [dose.displacement / dose.strength for dose in (before, after)]
+    figures: dict[str, tuple[float, float, float]] = {
+        "displacement": (per[1] / per[0] if per[0] else 0.0, 0.8, 1.25),
+        "strength": (new.strength / old.strength, 0.5, 2.0),
+        "effect": (effects[1] / effects[0] if effects[0] else 0.0, 0.8, math.inf),
+    }
+    if "round_trip" in health:
+        figures["round_trip"] = (health["round_trip"], 0.0, 1e-4)
+    wrong = [
+        f"{name} {value:.3g}, not {low:g} to {high:g}"
+        for name, (value, low, high) in figures.items()
+        if not low <= value <= high
+    ]
+    if wrong:
+        raise MismatchError(
+            f"the steering does not hold on {model.name!r}: {'; '.join(wrong)}",
+            expected="a round trip as exact, and displacement, strength and effect as they were",
+            remedy="fit it on this model",
+        )
+    notes = {
+        "from": steering.identity,
+        "base": steering.base.name,
+        "differs": differing,
+        **{name: value for name, (value, _, _) in figures.items()},
+    }
+    return replace(tuned, provenance={**tuned.provenance, "recalibrated": notes}, card={})
 
 
 def _in_format(backend: HF, contrast: Contrast, sites: Sequence[Site]) -> Meter:
