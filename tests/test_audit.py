@@ -72,6 +72,19 @@ def test_a_part_too_small_and_a_side_without_texts_stop():
     assert not found.usable and "no text on the target side" in found.findings[0].text
 
 
+def test_a_side_missing_from_a_part_stops_and_a_text_on_both_sides_is_told():
+    rows = [{"text": row["source"], "label": n % 2, "split": "train"} for n, row in
+            enumerate(texts())]  # fmt: skip
+    rows += [{"text": f"{row['target']} x", "label": 1, "split": "validation"} for row in texts(9)]
+    rows += [{"text": f"{row['target']} y z", "label": 1, "split": "test"} for row in texts(9)]
+    rows = [{**row, "text": f"{row['text']} no{n}", "group": f"g{n}"} for n, row in enumerate(rows)]
+    found = audit(Contrast.load(rows, behaviour="made"))
+    assert not found.usable
+    assert "the validation part has no text on the source side" in found.findings[0].text
+    same = [{"text": "tea", "label": n % 2} for n in range(2)]
+    assert any("1 texts stand on both sides, such as 'tea'" in text for text in warnings(same))
+
+
 def test_facts_are_counts_of_what_is_there():
     rows = [{"text": row["source"], "label": n % 2} for n, row in enumerate(texts())]
     facts = audit(Contrast.load(rows, behaviour="made")).facts

@@ -166,6 +166,19 @@ def test_data_that_cannot_tell_says_so(model, monkeypatch):
     assert chosen.steerer is THREE["a"] and "40 validation items" in chosen.provenance["caution"]
 
 
+def test_too_few_items_keep_the_simplest_and_say_so(model, monkeypatch):
+    shifts(monkeypatch, {"a": UP[:3], "b": [9.0] * 3, "c": MORE[:3]})
+    monkeypatch.setattr(choosing, "control", few(choosing.control))
+    with pytest.warns(UserWarning, match="3 validation items cannot tell methods apart"):
+        chosen = choosing.choose_method(model, OPEN, THREE)
+    assert chosen.steerer is THREE["a"] and "too few" in chosen.provenance["why"]
+
+
+def few(control):
+    """Of the stand-in's 40 items the first three."""
+    return lambda edits, items: control(edits, items)[:3]
+
+
 def test_a_method_that_cannot_spend_the_budget_is_left_out(model, monkeypatch):
     real = choosing.tune
 

@@ -307,7 +307,10 @@ BAD = {
     ),
     "no such option": (["fit", "--nope"], "No such option: --nope"),
     "no such verb": (["fti"], "No such command 'fti'"),
-    "a bogus verb": (["bogus"], "record, fit, extend, tune, generate, eval, interference, inspect"),
+    "a bogus verb": (
+        ["bogus"],
+        "record, fit, extend, tune, generate, chat, eval, interference, inspect",
+    ),
     "no argument": (["fit", "--out", "x"], "Missing argument"),
     "no out": (["fit", "mine.jsonl"], "--out"),
     "not a number": (["tune", "tuned", "mine.jsonl", "--budget", "x"], "--budget"),
@@ -689,6 +692,9 @@ def test_a_steering_is_moved_to_a_sibling_on_request(run, home, fitted):
     assert code == 3 and "has another weights" in err
     code, _, err = run(*words, "--recalibrate")
     assert code == 2 and "--recalibrate without --model" in err
+    kept = (fitted / "steering.json").read_bytes()
+    code, _, err = run(*words[:4], "--recalibrate", "-m", "update")
+    assert code == 2 and "--out" in err and (fitted / "steering.json").read_bytes() == kept
     code, out, err = run(*words, "--recalibrate", "-m", "update")
     assert code == 0, err
     assert following(out)[:2] == ["eval", "moved"] and "update" in following(out)
@@ -760,7 +766,12 @@ def test_a_steering_goes_out_as_a_vector_and_comes_back(run, home, fitted):
     assert following(out)[0] == "inspect"
     code, _, err = run("export", fitted, "mine.jsonl", "--out", "mood.gguf")
     assert code == 2 and "mood.gguf exists" in err
-    code, out, err = run("import", "mood.gguf", "--out", "back", "-m", "model")
+    code, _, err = run("export", fitted, "mine.jsonl", "--out", "no/mood.gguf")
+    assert code == 2 and "no folder" in err
+    code, _, err = run("import", "mood.gguf", "--out", "no", "-m", "model", "--layers", "1.mlp")
+    assert code == 2 and "added to a block's output" in err
+    words = ["import", "mood.gguf", "--out", "back", "-m", "model", "--behaviour", "mine"]
+    code, out, err = run(*words)
     assert code == 0, err
     assert following(out)[:2] == ["generate", "back"]
     back, own = Steering.load(home / "back"), Steering.load(fitted)

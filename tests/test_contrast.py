@@ -9,6 +9,7 @@ from dataclasses import replace
 from hashlib import sha256
 from itertools import combinations
 
+import numpy
 import pytest
 
 from innsteer.contrast import Contrast, messages, names, near_groups, normalise, prompts
@@ -535,6 +536,28 @@ def test_a_label_of_ones_own_is_named():
         Contrast.load(rows, label="gou")
 
 
+def test_a_row_without_its_label_is_refused():
+    rows = [{"text": "a b", "label": "toxic"}, {"text": "c d", "label": None}]
+    with pytest.raises(DataError, match="row 2: no label"):
+        Contrast.load(rows, label="toxic")
+    found = Contrast.load([{"text": "a", "label": 2.0}, {"text": "b", "label": 3.0}], label="2.0")
+    assert sides(found) == [(None, "a"), ("b", None)]
+
+
+def test_columns_that_are_named_decide_the_format():
+    row = {"prompt": "P", "chosen": "C", "rejected": "R", "good": "G", "bad": "B"}
+    found = Contrast.load([row], columns={"source": "bad", "target": "good"})
+    assert sides(found) == [("B", "G")]
+    with pytest.raises(DataError, match="the label 'zzz' for rows of TRL preference"):
+        Contrast.load([row], label="zzz")
+
+
+def test_a_single_row_is_no_pair_of_lists():
+    for value in ("bad", None, 3):
+        with pytest.raises(DataError, match="expected two lists of texts"):
+            Contrast.load({"source": value, "target": value})
+
+
 def test_columns_of_other_names_are_told(tmp_path):
     rows = [{"toxic": s, "neutral": t, "target": "left alone"} for s, t in SIDES]
     columns = {"source": "toxic", "target": "neutral"}
@@ -559,6 +582,12 @@ def test_a_data_frame_and_a_dataset_are_read_like_their_rows():
     plain = Contrast.load(rows)
     assert Contrast.load(pandas.DataFrame(rows)).hash == plain.hash
     assert Contrast.load(datasets.Dataset.from_list(rows)).hash == plain.hash
+    chats = [{"prompt": [ask()], "source": s, "target": t} for s, t in SIDES]
+    frame = pandas.DataFrame(chats)
+    frame["prompt"] = [numpy.array(row["prompt"]) for row in chats]
+    assert Contrast.load(frame).hash == Contrast.load(chats).hash
+    parts = datasets.DatasetDict({"train": datasets.Dataset.from_list(rows)})
+    assert Contrast.load(parts).hash == plain.hash
 
 
 def test_a_hub_dataset_keeps_its_own_parts_and_a_missing_one_is_told(monkeypatch):

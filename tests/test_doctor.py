@@ -212,3 +212,43 @@ def test_a_second_thread_on_one_steered_model_is_refused():
         thread.start()
         thread.join()
     assert len(errors) == 2 and "one call at a time" in errors[0]
+
+
+def test_a_second_thread_in_a_plain_pass_is_refused_and_frees_nothing():
+    model = tiny.tiny_language_model("llama")
+    ids, errors = torch.arange(4, 12)[None], []
+
+    def ask():
+        try:
+            model.model(ids[:, :3])
+        except RefusedError as error:
+            errors.append(str(error))
+
+    def between(*_):
+        for _ in range(2):  # the first refusal must not let the second in
+            thread = threading.Thread(target=ask)
+            thread.start()
+            thread.join()
+
+    with Attachment(model, edited(model), prompt_lengths=[8]), torch.no_grad():
+        alone = model.model(ids).logits
+        with model.model.model.layers[0].register_forward_hook(between):
+            disturbed = model.model(ids).logits
+    assert len(errors) == 2 and torch.equal(alone, disturbed)
+
+
+def test_a_pass_that_failed_leaves_the_model_free_for_other_threads():
+    model = tiny.tiny_language_model("llama")
+    ids, found = torch.arange(4, 12)[None], []
+
+    def fail(*_):
+        raise ValueError("broken block")
+
+    with Attachment(model, edited(model), prompt_lengths=[8]), torch.no_grad():
+        with model.model.model.layers[2].register_forward_hook(fail):
+            with pytest.raises(ValueError, match="broken block"):
+                model.model(ids)
+        thread = threading.Thread(target=lambda: found.append(model.model(ids).logits))
+        thread.start()
+        thread.join()
+    assert len(found) == 1

@@ -1,6 +1,7 @@
 """Exchange: vectors of other tools steer as they do there, and what goes out is measured."""
 
 import struct
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import tiny
 from innsteer import exchange, fitting, tuning
 from innsteer.backends.hf import HF
-from innsteer.errors import FormatError, InputError, RefusedError
+from innsteer.errors import FormatError, InputError, NothingSteeredError, RefusedError
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
 from innsteer.site import Site, Where
@@ -92,8 +93,9 @@ def test_safetensors_give_vectors_by_name_by_layer_and_by_row(model, tmp_path):
     one = exchange.import_vector(model, file, layers=[3], behaviour="kind", where=Where("all"))
     assert list(one.interventions) == [Site(3)] and one.behaviours == ("kind",)
     torch.testing.assert_close(steered(model, one), by_hand(model, {Site(3): own[Site(3)]}))
-    moved = exchange.import_vector(model, file, tensor="layer.1", layers=[2, 3])
-    assert torch.equal(moved.interventions[Site(3)].shifts[0], own[Site(1)])
+    save_file({"v": own[Site(1)]}, free := tmp_path / "free.safetensors")
+    both = exchange.import_vector(model, free, layers=[2, 3])
+    assert torch.equal(both.interventions[Site(3)].shifts[0], own[Site(1)])
     sae = tmp_path / "sae.safetensors"
     save_file({"W_dec": torch.stack([own[Site(3)], own[Site(1)]]), "b": torch.ones(2)}, sae)
     feature = exchange.import_vector(model, sae, tensor="W_dec", row=1, layers=[2])
@@ -115,6 +117,9 @@ def test_safetensors_give_vectors_by_name_by_layer_and_by_row(model, tmp_path):
         ("plain.safetensors", {}, InputError, "no layer for the tensor 'v'"),
         ("plain.safetensors", {"tensor": "w"}, InputError, "no vector 'w'; expected one of v"),
         ("both.safetensors", {"layers": [2]}, InputError, "no vector for the layers 2"),
+        ("both.safetensors", {"layers": [1, 2]}, InputError, "no vector for the layers 2"),
+        ("wide.safetensors", {"layers": [3]}, InputError, "no vector for the layers 3"),
+        ("twice.safetensors", {}, InputError, "several vectors for layer 2"),
         ("matrix.safetensors", {"layers": [1]}, InputError, "row None of 'm', a matrix of 3"),
         ("matrix.safetensors", {"layers": [1], "row": 3}, InputError, "a row from 0 to 2"),
     ],
@@ -127,6 +132,7 @@ def test_what_cannot_be_a_vector_is_refused(model, tmp_path, make, how, error, m
         "deep.safetensors": {"layer.9": good},
         "plain.safetensors": {"v": good},
         "both.safetensors": {"layer.1": good, "layer.3": good},
+        "twice.safetensors": {"mean.2": good, "std.2": good},
         "matrix.safetensors": {"m": torch.ones(3, tiny.WIDTH)},
     }
     if make in tensors:
@@ -166,7 +172,7 @@ def test_the_vector_of_a_constant_map_is_that_map(model):
 
 def test_the_vector_of_another_map_is_the_mean_of_what_it_adds(model):
     maps = Interventions({Site(2): Tanh()})
-    fitted = Steering(get("diffmean"), maps, ("b",))
+    fitted = Steering(get("diffmean"), maps, (OPEN.behaviour,))
     found = exchange.as_vector(model, fitted, OPEN)
     rows = []
     for item in OPEN.train.items:
@@ -216,6 +222,29 @@ def test_biases_in_the_checkpoint_steer_every_token(tmp_path, kind, stream):
         torch.testing.assert_close(model.model(IDS).logits, asked, rtol=1e-4, atol=1e-4)
 
 
+def test_sites_that_share_a_bias_add_up_and_experts_take_none(tmp_path):
+    model, ones = tiny.tiny_language_model("llama"), torch.ones(tiny.WIDTH)
+    own = {Site(1): ones, Site(1, "mlp"): 5 * ones}
+    (bias,) = load_file(exchange.export_vector(model, own, tmp_path / "a.safetensors")).values()
+    assert torch.equal(bias, 6 * ones)
+    experts = tiny.tiny_language_model("qwen3_moe")
+    with pytest.raises((RefusedError, InputError)):
+        exchange.export_vector(experts, {Site(1): ones}, tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_a_vector_of_nothing_or_of_other_data_is_refused(model, tmp_path):
+    fitted = fitting.fit(model, OPEN, "diffmean", sites=[Site(1)])
+    with pytest.raises(NothingSteeredError):
+        exchange.as_vector(model, fitted, OPEN, 0.0)
+    other = replace(OPEN, behaviour="other")
+    with pytest.raises(InputError, match="a contrast of 'other' for a steering of 'formal-ish'"):
+        exchange.as_vector(model, fitted, other)
+    broken = {Site(1): torch.full((tiny.WIDTH,), float("nan"))}
+    with pytest.raises(InputError, match=r"not finite at 1\.residual"):
+        exchange.export_vector(model, broken, tmp_path / "a.gguf")
+
+
 def test_a_block_that_changes_its_mlps_output_takes_no_bias(tmp_path):
     model = tiny.tiny_language_model("gemma2")
     with pytest.raises(RefusedError, match="changes it before adding it"):
@@ -226,10 +255,11 @@ def test_a_block_that_changes_its_mlps_output_takes_no_bias(tmp_path):
 @pytest.mark.parametrize(
     "name, sites, match",
     [
-        ("a.gguf", [Site(0)], "the sites 0.residual in a GGUF"),
-        ("a.gguf", [Site(1, "mlp")], "the sites 1.mlp in a GGUF"),
-        ("a.safetensors", [Site(1, "heads")], "the site 1.heads as a bias"),
+        ("a.gguf", [Site(0)], r"the sites 0\.residual in a\.gguf"),
+        ("a.gguf", [Site(1, "mlp")], r"the sites 1\.mlp in a\.gguf"),
+        ("a.safetensors", [Site(1, "heads")], r"the sites 1\.heads in a\.safetensors"),
         ("a.bin", [Site(1)], r"ends in \.gguf or \.safetensors"),
+        ("no/a.gguf", [Site(1)], "no folder"),
     ],
 )
 def test_what_a_file_has_no_place_for_is_refused(model, tmp_path, name, sites, match):

@@ -240,6 +240,23 @@ def test_a_fit_through_the_model_without_training_items_is_refused(model):
         fitting.fit(model, contrast(yes_or_no, parts=("validation", "test")), "condgrad")
 
 
+def test_a_recording_that_was_cut_short_keeps_its_origin(model, tmp_path, monkeypatch):
+    """Whatever a folder of that name holds says which items it was made of."""
+    data = contrast()
+
+    def cut(folder):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Activations, "load", staticmethod(cut))
+        with pytest.raises(KeyboardInterrupt):
+            fitting.record_parts(model, data, [Site(1)], folder=tmp_path / "rows")
+    rows = Activations.load(tmp_path / "rows")
+    steering = fitting.fit_rows(model, get("diffmean"), rows)
+    with pytest.raises(LeakError):
+        fitting.check_unseen(steering, data.train)
+
+
 def test_every_layer_of_a_choice_is_fitted_through_the_model(model, asked, monkeypatch):
     class Tuned:
         behaviours = ("likes",)

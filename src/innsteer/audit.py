@@ -108,6 +108,13 @@ def _sizes(contrast: Contrast, parts: dict[str, int], sides: dict[str, list[str]
     for side, texts in sides.items():
         if not texts:
             found.append(Finding("stop", f"no text on the {side} side: a contrast needs both"))
+    for part in PARTS[:2]:
+        own = [item for item in contrast.items if item.split == part]
+        for side in ("source", "target"):
+            if len(own) > 1 and sides[side] and not any(getattr(item, side) for item in own):
+                found.append(
+                    Finding("stop", f"the {part} part has no text on the {side} side: give more")
+                )
     if 2 <= parts["train"] < FEW:
         found.append(
             Finding(
@@ -144,14 +151,26 @@ def _copies(items: Sequence[Item]) -> list[Finding]:
     """Rows that say the same."""
     seen = Counter((str(item.prompt), item.source, item.target) for item in items)
     copies = sum(count - 1 for count in seen.values())
+    texts = [{(str(i.prompt), getattr(i, side)) for i in items} for side in ("source", "target")]
+    both = {text for text in texts[0] & texts[1] if text[1] is not None}
+    found = []
+    if both and any(item.key is None for item in items):
+        found.append(
+            Finding(
+                "warning",
+                f"{len(both)} texts stand on both sides, such as {min(both)[1]!r:.60}: they "
+                "contradict each other",
+            )
+        )
     if not copies:
-        return []
+        return found
     return [
+        *found,
         Finding(
             "warning",
             f"{copies} rows repeat others word for word; they share a group, so none leaks, but "
             "they count several times",
-        )
+        ),
     ]
 
 

@@ -20,6 +20,8 @@ from innsteer.steerer import Steerer, get
 from innsteer.steering import Steering
 from innsteer.tuning import control, control_meter, control_metric, tune
 
+ENOUGH = 6
+"""Validation items below which an interval over them says nothing."""
 MATTERS = 0.01
 """A lead of less is none: open answers that all prefer the target differ by next to nothing."""
 
@@ -152,10 +154,18 @@ def choose_method(
         table[name] |= {"behind": lead.value, "behind_low": lead.low, "behind_high": lead.high}
         if lead.low < MATTERS:
             kept = name
-    notes = {"methods": table, "why": _why(kept, best, table)}
     gain = score.difference(answers[kept], plain[kept])
     assert gain is not None
-    if gain.low <= 0:
+    if gain.n < ENOUGH:
+        kept = next(iter(fitted))
+    notes = {"methods": table, "why": _why(kept, best, table)}
+    if gain.n < ENOUGH:
+        notes["caution"] = (
+            f"{gain.n} validation items cannot tell methods apart, so the simplest was kept; "
+            f"give at least {ENOUGH}"
+        )
+        warnings.warn(str(notes["caution"]), stacklevel=2)
+    elif gain.low <= 0:
         notes["caution"] = (
             f"{kept} moves {gain.n} validation items by {gain.value:.3f} ({gain.low:.3f} to "
             f"{gain.high:.3f}): the data cannot tell it from no steering; give more examples"
@@ -169,6 +179,8 @@ def _why(kept: str, best: str, table: Mapping[str, Any]) -> str:
     """Why a method was kept, in a sentence."""
     own = table[kept]
     shown = f"{kept} has control {own['control']:.3f} ({own['low']:.3f} to {own['high']:.3f})"
+    if own["items"] < ENOUGH:
+        return f"{shown} on {own['items']} validation items: too few to compare on"
     if kept == best:
         return f"{shown} on {own['items']} validation items, and no simpler method is within noise"
     return (

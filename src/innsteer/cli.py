@@ -247,7 +247,9 @@ def tune(
     steering: STEERING,
     data: DATA,
     model: MODEL = "",
-    budget: Annotated[float, typer.Option(help="Cost budget, nats per token.")] = 0.0953,
+    budget: Annotated[
+        float | None, typer.Option(help="Cost budget, nats per token; default: 0.0953.")
+    ] = None,
     both_ways: Annotated[bool, typer.Option(help="Measure negative strengths too.")] = False,
     joint: Annotated[bool, typer.Option(help="Hold the in-format cost to the budget too.")] = False,
     preview: Annotated[bool, typer.Option(help="Skip the last check on 2,000 tokens.")] = False,
@@ -267,29 +269,33 @@ def tune(
     """Measure dose and response, and find the strength of most effect within the budget."""
     if folder:
         require_absent(folder)
-    if recalibrate and not model:
-        raise InputError("--recalibrate without --model", expected="the sibling to move it to")
+    if recalibrate and not (model and folder and budget is None):
+        raise InputError(
+            "--recalibrate without --model and --out, or with --budget",
+            expected="the sibling to move it to, and a folder of its own; the budget stays",
+        )
     from innsteer import tuning
     from innsteer.steering import Steering
 
     fitted = Steering.load(steering)
     with Bars(as_json) as progress:
         contrast = _contrast(data)
-        how: dict[str, Any] = {"both_ways": both_ways, "joint": joint, "preview": preview}
-        how |= {"seed": seed, "progress": progress}
+        given = {"both_ways": both_ways, "joint": joint, "preview": preview, "budget": budget}
+        how: dict[str, Any] = {name: value for name, value in given.items() if value}
+        how |= {"seed": seed, "progress": progress} | ({} if budget is None else {"budget": budget})
         if recalibrate:
             tuned = tuning.recalibrate(_load(model), fitted, contrast, **how)
             tuned = replace(tuned, provenance={**tuned.provenance, "model": model})
         else:
             language_model = _base(fitted, model)
-            tuned = tuning.tune(language_model, fitted, contrast, budget=budget, **how)
+            tuned = tuning.tune(language_model, fitted, contrast, **how)
         place = folder or steering
         tuned.save(place, replace=folder is None)
     if not as_json:
         out.print(_dose_table(tuned))
     curve = tuned.calibration[contrast.behaviour]
     spent = curve.at_budget.nats
-    text = f"strength {curve.strength:.4g} costs {spent:.3g} of {budget} nats per token"
+    text = f"strength {curve.strength:.4g} costs {spent:.3g} of {curve.budget} nats per token"
     following = _command(
         "eval", place, "--data", data, *_of(model or _source(tuned)), "--out", "report"
     )
@@ -372,6 +378,7 @@ def chat(
     fitted = Steering.load(steering)
     edit = fitted.edit(_strength(strength))
     backend = HF(_base(fitted, model))
+    talks = bool(backend.model.tokenizer.chat_template)
     sides: dict[str, list[dict[str, str]]] = {"plain": [], "steered": []}
     shown = list(sides)
     out.print(f"[dim]{_escape(CHAT)}[/dim]")
@@ -394,6 +401,8 @@ def chat(
                 out.print(f"[dim]{_escape(told)}[/dim]")
             elif word == "/plain":
                 shown = ["steered"] if "plain" in shown else list(sides)
+                # What was said meanwhile, it is told when it comes back.
+                sides["plain"] = list(sides["steered"])
             elif word.startswith("/"):
                 raise UnknownName("command", word, ("/strength", "/plain", "/reset", "/quit"))
             elif line:
@@ -401,7 +410,9 @@ def chat(
                 turn += 1
                 for name in shown:
                     asked = [*sides[name], {"role": "user", "content": line}]
-                    prompt = Prompt(f"{turn}", tuple(asked))  # type: ignore[arg-type]
+                    # A base model has no turns: each line stands for itself.
+                    said: Any = tuple(asked) if talks else line
+                    prompt = Prompt(f"{turn}", said)
                     edits = [edit] if name == "steered" and bool((edit.coef != 0).any()) else []
                     (answer,) = backend.generate([prompt], edits, sampling)
                     sides[name] = [*asked, {"role": "assistant", "content": answer.text}]
@@ -542,7 +553,12 @@ def import_vector(
     from innsteer import exchange
     from innsteer.site import Where
 
-    numbers = [site.layer for site in _sites(layers)]
+    sites = _sites(layers)
+    if odd := [str(site) for site in sites if site.stream != "residual"]:
+        raise InputError(
+            f"--layers {', '.join(odd)}", expected="numbers: a vector is added to a block's output"
+        )
+    numbers = [site.layer for site in sites]
     language_model = _load(model)
     steering = exchange.import_vector(
         language_model,
@@ -555,9 +571,9 @@ def import_vector(
     )
     steering = replace(steering, provenance={**steering.provenance, "model": model})
     steering.save(folder)
-    sites = ", ".join(map(str, steering.interventions))
+    placed = ", ".join(map(str, steering.interventions))
     following = _command("generate", folder, "Hello", "--strength", "1", *_of(model))
-    _done(as_json, _facts(steering, folder), f"imported at {sites} -> {folder}", following)
+    _done(as_json, _facts(steering, folder), f"imported at {placed} -> {folder}", following)
 
 
 @app.command("export")
@@ -570,13 +586,12 @@ def export_vector(
     as_json: JSON = False,
 ) -> None:
     """Write a steering as a vector for other tools, and measure what is lost by that."""
-    if file.exists():
-        raise InputError(f"{file} exists", remedy="name another, or remove it")
     from innsteer import exchange
     from innsteer.backends.hf import HF
     from innsteer.steering import Steering
 
     fitted = Steering.load(steering)
+    exchange.require_place(file, fitted.interventions)
     chosen = _strength(strength)
     with Bars(as_json) as progress:
         contrast = _contrast(source)
@@ -785,7 +800,7 @@ def _contrast(data: str) -> Any:
     """A contrast from its name and how to read it: FILE,label=toxic or FILE,source=A,target=B."""
     from innsteer.contrast import Contrast
 
-    columns = ("source", "target", "prompt", "text")
+    columns = ("source", "target", "prompt", "text", "completion", "chosen", "rejected")
     name, how = _options(data, ("behaviour", "label", *columns), "way to read data")
     return Contrast.load(
         name,
@@ -798,10 +813,12 @@ def _contrast(data: str) -> Any:
 def _options(text: str, known: tuple[str, ...], kind: str) -> tuple[str, dict[str, Any]]:
     """A name, and the key=value pairs that follow it after commas."""
     name, found = text, dict[str, Any]()
-    while match := re.fullmatch(r"(.+),(\w+)=([^,=]*)", name):
+    while not Path(name).exists() and (match := re.fullmatch(r"(.+),(\w+)=([^,=]*)", name)):
         name, key, value = match.groups()
         if key not in known:
             raise UnknownName(f"{kind} in {text!r}:", key, known)
+        if key in found:
+            raise InputError(f"{key} twice in {text!r}", expected="once")
         found[key] = value
     return name, found
 
@@ -1050,7 +1067,8 @@ def main() -> NoReturn:
             message += f" The verbs: {verbs}"
         _fail(message + _given(message), 2)
     if code == 130:
-        _fail("interrupted; the same command goes on with what was recorded", code)
+        kept = "the same command goes on" if "record" in sys.argv[1:2] else "nothing was written"
+        _fail(f"interrupted; {kept}", code)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -144,10 +144,11 @@ class Contrast:
         """
         rows, found = _open(source)
         name = behaviour if behaviour is not None else found
-        if columns:
-            rows = [renamed(row, columns) for row in rows]
-        pairs = [read_pair(row, label) for row in rows]
-        found_in = Counter(format_of(row).name for row in rows)
+        mapped = dict(columns or {})
+        if mapped:
+            rows = [renamed(row, mapped) for row in rows]
+        pairs = [read_pair(row, label, mapped) for row in rows]
+        found_in = Counter(format_of(row, mapped).name for row in rows)
         if label is not None and not any(pair.target for pair in pairs):
             labels = sorted({str(row.data.get("label")) for row in rows})[:12]
             raise DataError(
@@ -290,9 +291,10 @@ def _open(source: object) -> tuple[list[Row], str]:
         if isinstance(source, str) and not path.exists() and _HUB.fullmatch(source):
             return read_dataset(source), source.rpartition("/")[2]
         return read_file(path), path.name.removesuffix(".gz").rpartition(".")[0]
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping) and not hasattr(source, "num_rows"):
         return read_lists(source), "unnamed"
-    if hasattr(source, "features") or (hasattr(source, "columns") and hasattr(source, "to_dict")):
+    frame = hasattr(source, "columns") and hasattr(source, "to_dict")
+    if isinstance(source, Mapping) or hasattr(source, "features") or frame:
         return read_table(source), "unnamed"
     if isinstance(source, Sequence) and not isinstance(source, bytes):
         return read_rows(source), "unnamed"

@@ -5,7 +5,7 @@ is lost is what made it more than a vector, and no file can say so; the measure 
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,14 @@ from innsteer.backends.base import Progress, Sampling, silent
 from innsteer.backends.engine import watch
 from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast
-from innsteer.errors import FormatError, InputError, MissingPackage, RefusedError
-from innsteer.files import sha256_file
+from innsteer.errors import (
+    FormatError,
+    InputError,
+    MissingPackage,
+    NothingSteeredError,
+    RefusedError,
+)
+from innsteer.files import require_absent, sha256_file
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit, Shift
 from innsteer.metrics import get as metric
@@ -55,12 +61,12 @@ def import_vector(
 
     A GGUF control vector (llama.cpp, repeng) names its layers itself: ``direction.N`` is added to
     the output of block N, counted from 0, at every token. In a safetensors file a tensor ``[d]``
-    belongs to the layer that its name ends with; a matrix ``[n, d]`` (an SAE's decoder, AxBench's
-    or a probe's weights) gives one ``row``, at ``layers``.
+    belongs to the layer that its name ends with, one without a number to ``layers``; a matrix
+    ``[n, d]`` (an SAE's decoder, AxBench's or a probe's weights) gives one ``row``, at ``layers``.
 
     Args:
         model: that it shall steer; its width must be the vector's.
-        layers: blocks from 0, where the file does not say.
+        layers: blocks from 0, where the file does not say; where it does, those that are meant.
         tensor: name of the tensor, where there are several and not all are meant.
         row: of a matrix.
         behaviour: name; default: the file's.
@@ -129,18 +135,23 @@ def _read_gguf(path: Path, tensor: str | None) -> dict[str, Tensor]:
         raise MissingPackage("gguf", path.name, "demo") from error
     try:
         reader = GGUFReader(str(path))
-        every = {t.name: dequantize(t.data, t.tensor_type) for t in reader.tensors}
+        names = [t.name for t in reader.tensors]
+        # Named first: a whole model, given by mistake, must not be unpacked into memory.
+        every = {
+            t.name: dequantize(t.data, t.tensor_type)
+            for t in reader.tensors
+            if re.fullmatch(r"direction\.\d+", t.name) and tensor in (None, t.name)
+        }
     # Whatever numpy and the reader say of a damaged file.
     except Exception as error:
         raise FormatError(f"{path.name} is no whole GGUF file ({error})") from error
     found = {
         name: torch.from_numpy(np.array(values, dtype=np.float32)).flatten()
         for name, values in every.items()
-        if re.fullmatch(r"direction\.\d+", name) and tensor in (None, name)
     }
     if not found:
         raise FormatError(
-            f"{path.name} has the tensors {', '.join(list(every)[:6]) or 'none'}",
+            f"{path.name} has the tensors {', '.join(names[:6]) or 'none'}",
             expected="direction.1, direction.2 ...: a control vector",
         )
     return found
@@ -185,20 +196,27 @@ def _placed(
                 )
             vector = value[chosen]
         own = re.search(r"(\d+)$", name)
-        if len(found) == 1 and layers:
-            places = list(layers)
-        elif own:
+        if own and value.ndim == 1:
             places = [int(own[1])] if not layers or int(own[1]) in layers else []
+        elif len(found) == 1 and layers:
+            places = list(layers)
         else:
             raise InputError(
                 f"{path.name}: no layer for the tensor {name!r} of {len(found)}",
                 expected="a name that ends with its layer, or one tensor and --layers",
                 remedy="say which tensor is meant, and at which layers",
             )
+        if twice := sorted(set(places) & set(placed)):
+            raise InputError(
+                f"{path.name} has several vectors for layer {twice[0]}, {name!r} among them",
+                expected="one for each layer",
+                remedy="say which tensor is meant",
+            )
         placed |= dict.fromkeys(places, vector)
-    if not placed:
+    if absent := [layer for layer in layers if layer not in placed] or not placed:
+        told = ", ".join(map(str, absent)) if isinstance(absent, list) else "any"
         raise InputError(
-            f"{path.name} has no vector for the layers {', '.join(map(str, layers))}",
+            f"{path.name} has no vector for the layers {told}",
             expected="some of " + ", ".join(sorted(found)),
         )
     return placed
@@ -245,7 +263,7 @@ def as_vector(
 ) -> dict[Site, Tensor]:
     """The mean of what a steering adds at each site, over answers of the training part."""
     backend = model if isinstance(model, HF) else HF(model)
-    edit = steering.edit(strength)
+    edit = _edit(steering, contrast, strength)
     items = contrast.train.subset(min(ITEMS, len(contrast.train)))
     sums: dict[Site, Tensor] = {}
     count = 0
@@ -272,6 +290,11 @@ def as_vector(
             sums[site] = sums[site] + moved if site in sums else moved
         count += len(places)
     progress("vector", len(jobs), len(jobs))
+    if not count:
+        raise NothingSteeredError(
+            "no token was steered, so there is no mean to export",
+            expected="a strength other than 0, and answers in the steering's scope",
+        )
     return {site: total / count for site, total in sums.items()}
 
 
@@ -287,7 +310,7 @@ def loss(
     """Control and cost of a steering and of vectors that stand for it, side by side."""
     backend = model if isinstance(model, HF) else HF(model)
     items = contrast.validation.subset(min(ITEMS, len(contrast.validation)))
-    real = steering.edit(strength)
+    real = _edit(steering, contrast, strength)
     constant = Edit(shifts(vectors), torch.ones(1), Where("all"))
     sites = list(real.interventions)
     score = metric(control_metric(items))
@@ -321,6 +344,20 @@ def loss(
     )  # fmt: skip
 
 
+def _edit(steering: Steering, contrast: Contrast, strength: Strength) -> Edit:
+    """The edit of the contrast's own behaviour, or a mix."""
+    if contrast.behaviour not in steering.behaviours:
+        raise InputError(
+            f"a contrast of {contrast.behaviour!r} for a steering of "
+            + ", ".join(map(repr, steering.behaviours)),
+            expected="the behaviour that it steers",
+            remedy="load the data with behaviour=... (command line: FILE,behaviour=NAME)",
+        )
+    if isinstance(strength, Mapping):
+        return steering.edit(strength)
+    return steering.edit(strength, behaviour=contrast.behaviour)
+
+
 def shifts(vectors: dict[Site, Tensor]) -> Interventions:
     """Vectors as constant shifts."""
     parts: dict[Site, Any] = {}
@@ -342,11 +379,10 @@ def export_vector(
         InputError: the file exists, has another suffix, or a site has no place in it.
         RefusedError: biases for a model that changes its MLP's output before it is added.
     """
-    path = Path(file).expanduser()
-    if path.exists():
-        raise InputError(f"{path} exists", remedy="name another, or remove it")
-    if path.suffix not in (".gguf", ".safetensors"):
-        raise InputError(f"{path.name}", expected="a name that ends in .gguf or .safetensors")
+    path = require_place(file, vectors)
+    broken = [str(site) for site, vector in vectors.items() if not torch.isfinite(vector).all()]
+    if broken:
+        raise InputError(f"vectors that are not finite at {', '.join(broken)}", expected="numbers")
     staged = path.with_name(path.name + ".part")
     try:
         if path.suffix == ".gguf":
@@ -359,14 +395,28 @@ def export_vector(
     return path
 
 
-def _write_gguf(model: LanguageModel, vectors: dict[Site, Tensor], path: Path) -> None:
-    """A control vector; llama.cpp has no place for one after the first block."""
-    odd = [str(site) for site in vectors if site.stream != "residual" or site.layer < 1]
+def require_place(file: str | Path, sites: Iterable[Site]) -> Path:
+    """Refuse a file that cannot be written, or sites without a place in it: before any work."""
+    path = Path(file).expanduser()
+    require_absent(path)
+    if path.suffix not in (".gguf", ".safetensors"):
+        raise InputError(f"{path.name}", expected="a name that ends in .gguf or .safetensors")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"no folder {str(path.parent)!r}", expected="one that exists")
+    if path.suffix == ".gguf":
+        odd = [str(site) for site in sites if site.stream != "residual" or site.layer < 1]
+        what = "outputs of blocks from 1 on: llama.cpp knows no others"
+    else:
+        known = ("residual", "attention", "mlp")
+        odd = [str(site) for site in sites if site.stream not in known]
+        what = "a block's output, its attention or its MLP, which a bias can stand for"
     if odd:
-        raise InputError(
-            f"the sites {', '.join(odd)} in a GGUF control vector",
-            expected="outputs of blocks from 1 on: llama.cpp knows no others",
-        )
+        raise InputError(f"the sites {', '.join(odd)} in {path.name}", expected=what)
+    return path
+
+
+def _write_gguf(model: LanguageModel, vectors: dict[Site, Tensor], path: Path) -> None:
+    """A control vector as llama.cpp reads it."""
     try:
         from gguf import GGUFWriter
     except ImportError as error:
@@ -387,17 +437,14 @@ def _biases(model: LanguageModel, vectors: dict[Site, Tensor]) -> dict[str, Tens
     names = {module: name for name, module in model.model.named_modules()}
     found = {}
     for site, vector in vectors.items():
-        if site.stream not in ("residual", "attention", "mlp"):
-            raise InputError(
-                f"the site {site} as a bias", expected="a block's output, its attention or its MLP"
-            )
         block = model.layout.blocks[site.layer]
         part: Any = block.attention_out if site.stream == "attention" else _last_linear(block.mlp)
-        whole = block.attention_out if site.stream == "attention" else block.mlp
-        _require_added(model, block.module, whole, vector, site)
-        old = getattr(part, "bias", None)
-        total = vector if old is None else vector + old.detach().float().cpu()
-        found[f"{names[part]}.bias"] = total.contiguous()
+        _require_added(model, block.module, part, vector, site)
+        key, old = f"{names[part]}.bias", getattr(part, "bias", None)
+        if key not in found and old is not None:
+            found[key] = old.detach().float().cpu()
+        # A block's output and its MLP end in one bias.
+        found[key] = (found[key] + vector if key in found else vector).contiguous()
     return found
 
 
@@ -431,12 +478,14 @@ def _require_added(model: LanguageModel, block: Any, part: Any, vector: Tensor, 
     with torch.no_grad(), block.register_forward_hook(keep):
         model.model(ids, use_cache=False)
         with part.register_forward_hook(add):
-            model.model(ids, use_cache=False)
-    arrived = (seen[1] - seen[0])[0]
+            try:
+                model.model(ids, use_cache=False)
+            except RuntimeError:  # another width: the router of experts, say
+                seen.append(seen[0] * float("nan"))
+    arrived = (seen[-1] - seen[0])[0]
     # A bias of attention also moves what the MLP then reads, so only its own share is asked.
-    if site.stream != "attention" and float((arrived - vector).norm(dim=-1).max()) > 1e-2 * float(
-        vector.norm()
-    ):
+    gap = float((arrived - vector).norm(dim=-1).max())
+    if site.stream != "attention" and not gap <= 1e-2 * float(vector.norm()):
         raise RefusedError(
             f"a bias at {site} of {model.name!r}, whose block changes it before adding it",
             expected="a block that adds its MLP's output as it is",

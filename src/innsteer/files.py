@@ -133,11 +133,9 @@ class Journal:
         self._write({"files": files})
         return files
 
-    def close(self, *, remove: bool) -> None:
+    def close(self) -> None:
         """Let go of the journal."""
         self._file.close()
-        if remove:
-            (self.folder / self.NAME).unlink()
 
 
 def _entry(line: str) -> dict[str, Any] | None:
@@ -170,15 +168,24 @@ def resumed_folder(folder: str | Path, head: dict[str, Any]) -> Iterator[Journal
     journal = Journal(partial, head)
     try:
         yield journal
+        for path in partial.iterdir():
+            if path.name.startswith("."):  # what a killed writer of a file left
+                path.unlink()
+            else:
+                _sync(path)
+        # The journal goes last: whatever ends this before, the next run finds all that is done.
+        os.replace(partial, target)
+        (target / Journal.NAME).unlink()
+        journal.close()
     except BaseException:
-        journal.close(remove=False)
-        if not journal.done and not any(p.name != Journal.NAME for p in partial.iterdir()):
+        journal.close()
+        if (
+            partial.exists()
+            and not journal.done
+            and not any(p.name != Journal.NAME for p in partial.iterdir())
+        ):
             shutil.rmtree(partial)
         raise
-    journal.close(remove=True)
-    for path in partial.rglob("*"):
-        _sync(path)
-    os.replace(partial, target)
 
 
 def require_absent(folder: str | Path) -> None:

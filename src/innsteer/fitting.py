@@ -1,7 +1,7 @@
 """Record and fit in one call: on recorded rows, or through the model."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +15,7 @@ from innsteer.backends.hf import HF
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError, LeakError, MismatchError
-from innsteer.files import read_json, require_absent, write_json
+from innsteer.files import require_absent
 from innsteer.fingerprint import Fingerprint
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span, Where
@@ -55,6 +55,7 @@ def record(
     read: Read | None = None,
     span: Span = (0, None),
     folder: str | Path | None = None,
+    origin: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> Activations:
     """Activations of a contrast's two sides.
@@ -64,11 +65,12 @@ def record(
         read: which answer tokens become rows; default: their ``mean`` for open answers, ``last``
             for choices. span: those of ``span``, half-open, counted from the answer's first token.
         folder: also write the recording there, batch by batch; it must not exist.
+        origin: more of where the contrast is from, for the provenance.
     """
     chosen = read or ("last" if contrast.kind == "choice" else "mean")
     where = sites or (default_site(model),)
     return HF(model).record(
-        contrast, where, read=chosen, span=span, folder=folder, progress=progress
+        contrast, where, read=chosen, span=span, folder=folder, origin=origin, progress=progress
     )
 
 
@@ -327,15 +329,11 @@ def record_parts(
     how: dict[str, Any] = {"read": read, "span": span, "progress": progress}
     parts = [_fitted_part(one) for one in contrasts]
     if len(parts) == 1:
-        acts = record(model, parts[0], sites, folder=folder, **how)
-    else:
-        acts = Activations.together([record(model, part, sites, **how) for part in parts])
-        if folder is not None:
-            acts.save(folder)
+        return record(model, parts[0], sites, folder=folder, origin=_origin(contrast), **how)
+    acts = Activations.together([record(model, part, sites, **how) for part in parts])
     acts = replace(acts, provenance={**acts.provenance, **_origin(contrast)})
     if folder is not None:
-        head = Path(folder) / "activations.json"
-        write_json(head, read_json(head, "a finished recording") | {"provenance": acts.provenance})
+        acts.save(folder)
     return acts
 
 

@@ -11,7 +11,7 @@ import json
 import re
 import reprlib
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
@@ -258,11 +258,34 @@ def _decoded(data: bytes, file: str) -> str:
 def read_table(table: Any) -> list[Row]:
     """Rows of a DataFrame or of a dataset of `datasets`, numbered from 1."""
     if hasattr(table, "columns") and hasattr(table, "to_dict"):
-        records = table.to_dict("records")
-        # A DataFrame's absent cell is a NaN.
-        values = [{k: None if v != v else v for k, v in row.items()} for row in records]
+        try:
+            records = table.to_dict("records")
+        except TypeError:  # of polars, whose rows have another name
+            records = table.to_dicts()
+        values = [{key: _cell(value) for key, value in row.items()} for row in records]
         return read_rows(values, "the DataFrame")
+    if hasattr(table, "items"):
+        return _splits(table, "the dataset")
     return read_rows([dict(row) for row in table], "the dataset")
+
+
+def _cell(value: Any) -> Any:
+    """A DataFrame's cell: an absent one is a NaN, a list may be an array."""
+    if getattr(value, "ndim", None) and hasattr(value, "tolist"):
+        return value.tolist()
+    return None if isinstance(value, float) and value != value else value
+
+
+def _splits(parts: Any, name: str) -> list[Row]:
+    """Rows of a dataset in parts; where these are train, validation and test, they stay."""
+    known = {"train": "train", "validation": "validation", "valid": "validation", "test": "test"}
+    keep = len(parts) > 1 and set(parts) <= set(known)
+    values = [
+        {"split": known[part], **row} if keep else dict(row)
+        for part, rows in parts.items()
+        for row in rows
+    ]
+    return read_rows(values, name)
 
 
 def read_dataset(name: str) -> list[Row]:
@@ -280,27 +303,25 @@ def read_dataset(name: str) -> list[Row]:
             f"no dataset could be loaded from {name!r}: {reason}",
             expected="a file, a built-in behaviour, or a dataset of the Hub",
         ) from error
-    if not hasattr(found, "items"):
-        return read_table(found)
-    parts = {"train": "train", "validation": "validation", "valid": "validation", "test": "test"}
-    values = [
-        {"split": parts[part], **row} if len(found) > 1 and set(found) <= set(parts) else dict(row)
-        for part, rows in found.items()
-        for row in rows
-    ]
-    return read_rows(values, name)
+    return _splits(found, name) if hasattr(found, "items") else read_table(found)
 
 
 def read_lists(lists: Mapping[str, Any], file: str = "the lists") -> list[Row]:
     """Two lists of texts, without and with the behaviour: pairs where they are of one length."""
     for source, target in (("source", "target"), ("negative", "positive")):
         if set(lists) == {source, target}:
-            sides = [list(lists[source]), list(lists[target])]
+            sides = [lists[source], lists[target]]
             break
     else:
         raise DataError(
             f"{file}: the lists {', '.join(map(str, lists))}",
             expected="source and target, or negative and positive",
+        )
+    if not all(isinstance(side, list | tuple) for side in sides):
+        raise DataError(
+            f"{file}: {reprlib.repr(dict(lists))}",
+            expected="two lists of texts",
+            remedy="a single row belongs into a list: [row]",
         )
     if len(sides[0]) == len(sides[1]):
         pairs = zip(*sides, strict=True)
@@ -446,10 +467,11 @@ SOURCES = {"0", "-1", "false", "negative", "neg", "source"}
 def _labelled(row: Row, text: str, wanted: str | None) -> Pair:
     """One side of a table of texts with labels: a label says whether it shows the behaviour."""
     value = row.data["label"]
-    label = value if isinstance(value, str) else str(value)
-    label = label.strip().removesuffix(".0")
+    if value is None or not str(value).strip():
+        raise row.wrong("no label", expected="one in every row", remedy="fill it in")
+    label = str(value).strip().removesuffix(".0")
     if wanted is not None:
-        shows = label == wanted
+        shows = label == wanted.strip().removesuffix(".0")
     elif label.casefold() in TARGETS | SOURCES:
         shows = label.casefold() in TARGETS
     else:
@@ -508,11 +530,14 @@ _FORMATS = (
 )
 
 
-def format_of(row: Row) -> Format:
-    """The first format whose columns are all there, or a DataError that names those known."""
-    for one in _FORMATS:
-        if all(column in row.data for column in one.columns):
-            return one
+def format_of(row: Row, mapped: Collection[str] = ()) -> Format:
+    """The first format whose columns are all there, or a DataError that names those known.
+
+    Of those, the first that has a column of ``mapped``, which somebody named on purpose.
+    """
+    fitting = [one for one in _FORMATS if all(column in row.data for column in one.columns)]
+    for one in [*(one for one in fitting if set(mapped) & set(one.columns)), *fitting]:
+        return one
     found = ", ".join(map(str, list(row.data)[:12])) or "none"
     raise row.wrong(
         f"the columns {found} are of no known format",
@@ -535,9 +560,16 @@ def renamed(row: Row, columns: Mapping[str, str]) -> Row:
     return row._replace(data=data)
 
 
-def read_pair(row: Row, label: str | None = None) -> Pair:
+def read_pair(row: Row, label: str | None = None, mapped: Collection[str] = ()) -> Pair:
     """The pair of a row by its format; ``label`` is that of texts with the behaviour."""
-    pair = format_of(row).read(row, label)
+    one = format_of(row, mapped)
+    if label is not None and "label" not in one.columns:
+        raise row.wrong(
+            f"the label {label!r} for rows of {one.name}",
+            expected="rows with a text and its label",
+            remedy="leave it out, or name the columns of these",
+        )
+    pair = one.read(row, label)
     if pair.source and pair.target and pair.source.strip() == pair.target.strip():
         raise row.wrong(
             f"both answers are {reprlib.repr(pair.target)}",

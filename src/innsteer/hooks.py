@@ -94,6 +94,7 @@ class Attachment:
         self._first: int | None = None
         self._stack = ExitStack()
         self._busy = threading.RLock()
+        self._passes = threading.local()
         self._shared = trace is not None
         self.trace = trace if trace is not None else Trace()
         _check(self._layout, self._edits)
@@ -105,15 +106,23 @@ class Attachment:
             signature = inspect.signature(base.forward)
 
             def plan(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                self._take()
+                self._passes.count = getattr(self._passes, "count", 0) + 1
                 self._plan_pass(signature.bind_partial(*args, **kwargs).arguments)
 
             def mark(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+                if not getattr(self._passes, "count", 0):
+                    return  # another thread's pass, which was refused
+                self._passes.count -= 1
+                self._busy.release()
+                if output is None:
+                    return  # the pass failed
                 self._mark(getattr(output, "past_key_values", None))
                 if self._spoiled:
                     self._discount()
 
             stack.callback(base.register_forward_pre_hook(plan, with_kwargs=True).remove)
-            stack.callback(base.register_forward_hook(mark).remove)
+            stack.callback(base.register_forward_hook(mark, always_call=True).remove)
             for site in sorted({site for edit in self._edits for site in edit.interventions}):
                 stack.callback(self._hook(site).remove)
             for edit in self._edits:
@@ -140,8 +149,7 @@ class Attachment:
 
         Planned on the CPU in a handful of calls, whatever the batch: a pass of decoding waits here.
         """
-        with self._alone():
-            positions, real, start = _positions(call)
+        positions, real, start = _positions(call)
         batch, time = positions.shape
         self._admit(call.get("past_key_values"), start)
         if start == 0 or len(self.trace.steered) != batch:
@@ -284,17 +292,20 @@ class Attachment:
 
     @contextmanager
     def _alone(self) -> Iterator[None]:
-        """Refuse a second thread: positions and coefficients are those of one call at a time."""
-        if not self._busy.acquire(blocking=False):
-            raise RefusedError(
-                "a second thread on a steered model whose generate() is still running",
-                expected="one call at a time: two would get each other's positions",
-                remedy="put the prompts into one batch, or give each thread a model of its own",
-            )
+        """For one thread alone: positions and coefficients are those of one call at a time."""
+        self._take()
         try:
             yield
         finally:
             self._busy.release()
+
+    def _take(self) -> None:
+        if not self._busy.acquire(blocking=False):
+            raise RefusedError(
+                "a second thread on a steered model that is still running",
+                expected="one call at a time: two would get each other's positions",
+                remedy="put the prompts into one batch, or give each thread a model of its own",
+            )
 
     def _wrap_generate(self) -> Callable[[], None]:
         """Let ``model.generate`` make the prompt lengths known; returns what undoes it."""

@@ -235,7 +235,13 @@ def recalibrate(
             remedy="fit it on this model",
         )
     moved = replace(steering, base=model.fingerprint, calibration={})
-    how = {"budget": old.budget, "preview": old.preview} | how
+    costs = steering.provenance.get("tuning", {}).get(contrast.behaviour, {}).get("costs", [])
+    how = {
+        "budget": old.budget,
+        "preview": old.preview,
+        "joint": "in_format_cost" in costs,
+        "both_ways": old.doses[0].strength < 0,
+    } | how
     tuned = tune(model, moved, contrast, seed=seed, progress=progress, **how)
     new = tuned.calibration[contrast.behaviour]
     sites = list(steering.interventions)

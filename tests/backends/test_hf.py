@@ -12,7 +12,7 @@ import torch
 
 import tiny
 from edits import bits, edit, hooks_of, seen, shift, told
-from innsteer import metrics
+from innsteer import files, metrics
 from innsteer.activations import READS, Activations, Rows, ShardWriter
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF
@@ -378,6 +378,29 @@ def test_a_killed_recording_goes_on_to_the_same_bytes(tmp_path):
     assert not (tmp_path / "rows").exists()
     assert start("rows", 0).wait() == 0
     assert contents(tmp_path / "rows") == contents(tmp_path / "whole")
+
+
+def test_an_end_before_the_last_step_loses_nothing(model, contrast, tmp_path, monkeypatch):
+    whole = tmp_path / "whole"
+    HF(model, batch_tokens=1).record(contrast, SITES, folder=whole)
+
+    def full(source, target):
+        if "rows" == Path(target).name:
+            raise OSError("no space left on device")
+        replace_file(source, target)
+
+    replace_file = files.os.replace
+    with monkeypatch.context() as patch:
+        patch.setattr(files.os, "replace", full)
+        with pytest.raises(OSError, match="no space"):
+            HF(model, batch_tokens=1).record(contrast, SITES, folder=tmp_path / "rows")
+    (tmp_path / ".rows.partial" / ".00001.rows.json.x").write_text("left by a killed writer")
+    written, write = [], ShardWriter.write
+    monkeypatch.setattr(
+        ShardWriter, "write", lambda self, *args: (written.append(1), write(self, *args))[1]
+    )
+    HF(model, batch_tokens=1).record(contrast, SITES, folder=tmp_path / "rows")
+    assert not written and contents(tmp_path / "rows") == contents(whole)
 
 
 @pytest.mark.parametrize("harm", ["torn line", "lost shard", "altered shard", "lost journal"])

@@ -1,7 +1,7 @@
 """The Hugging Face engine: generate, score, record and compare, on one machine."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -262,6 +262,7 @@ class HF(Engine):
         span: Span = (0, None),
         padding_side: str = "right",
         folder: str | Path | None = None,
+        origin: Mapping[str, Any] | None = None,
         progress: Progress = silent,
     ) -> Activations:
         """Rows of both sides of every item, at several sites in one pass.
@@ -277,6 +278,7 @@ class HF(Engine):
             folder: write shards there, batch by batch, and hold none of them until the end, when
                 the rows are read back. An interrupted recording stays beside it, hidden, and the
                 same call goes on where it stopped, to the same bytes.
+            origin: more of where the contrast is from, for the provenance.
 
         Raises:
             InputError: no item, or an item without a token to read.
@@ -294,6 +296,7 @@ class HF(Engine):
             "contrast": contrast.hash,
             "read": read,
             "innsteer": __version__,
+            **(origin or {}),
         }
         shards = None
         if folder:
