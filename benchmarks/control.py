@@ -309,11 +309,12 @@ def measured(cell: Cell, maps: Maps, strength: float) -> dict[str, Any]:
         "neutral_p99": float(np.quantile(costs["neutral_test"], 0.99)),
     }
     if cell.reworded is not None:
+        other = chosen(cell.reworded, maps, "test", strength)
         record["transfer"] = [
             alignment(
                 {
                     key: [value for value, number in zip(values, numbers, strict=True) if number]
-                    for key, values in chosen(cell.reworded, maps, "test", strength).items()
+                    for key, values in other.items()
                 }
             )
             for numbers in wordings_of(cell.reworded)
