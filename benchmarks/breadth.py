@@ -1,4 +1,4 @@
-"""What works on which model: every architecture in every way that people run it.
+"""What people bring: any model in every way it is run, any interruption, any artifact.
 
     python benchmarks/breadth.py               # everything
     python benchmarks/breadth.py --only matrix # the matrix, also into docs/models.md

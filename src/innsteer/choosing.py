@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from innsteer.activations import Read
@@ -109,6 +110,7 @@ def choose_method(
     backend = HF(model)
     items = contrast.validation
     score = metric(control_metric(items))
+    spend = partial(_preview, budget=budget, seed=seed, progress=progress)
     run, rows = None, None
     fitted: dict[str, Steering] = {}
     answers: dict[str, list[Completion]] = {}
@@ -122,16 +124,7 @@ def choose_method(
             rows = rows or record_parts(model, contrast, sites, progress=progress)
             one = fit_rows(model, steerer, rows, seed=seed, progress=progress)
         try:
-            tuned = tune(
-                backend,
-                one,
-                contrast,
-                budget=budget,
-                fractions=(1.0,),
-                preview=True,
-                seed=seed,
-                progress=progress,
-            )
+            tuned = spend(backend, one, contrast)
         except BudgetError as error:
             table[name] = {"failed": str(error)}
             continue
@@ -173,6 +166,11 @@ def choose_method(
         warnings.warn(str(notes["caution"]), stacklevel=2)
     chosen = fitted[kept]
     return replace(chosen, provenance={**chosen.provenance, **notes})
+
+
+def _preview(backend: HF, fitted: Steering, contrast: Contrast, **how: Any) -> Steering:
+    """Spend the budget by the search's tokens, and measure control there alone."""
+    return tune(backend, fitted, contrast, fractions=(1.0,), preview=True, **how)
 
 
 def _why(kept: str, best: str, table: Mapping[str, Any]) -> str:
@@ -218,6 +216,7 @@ def choose_layer(
     sites = sorted(set(sites))
     backend = HF(model)
     how: dict[str, Any] = {"where": where, "seed": seed, "progress": progress}
+    spend = partial(_preview, budget=budget, seed=seed, progress=progress)
     if not steerer.through:
         rows = record_parts(model, contrast, sites, read=read, span=span, progress=progress)
     tried: dict[str, Steering] = {}
@@ -229,16 +228,7 @@ def choose_layer(
         else:
             fitted = fit_rows(model, steerer, rows.at(site), **how)
         try:
-            tuned = tune(
-                backend,
-                fitted,
-                contrast,
-                budget=budget,
-                fractions=(1.0,),
-                preview=True,
-                seed=seed,
-                progress=progress,
-            )
+            tuned = spend(backend, fitted, contrast)
         except BudgetError as error:
             table[str(site)], failed[str(site)] = None, str(error)
             continue

@@ -281,8 +281,9 @@ def tune(
     with Bars(as_json) as progress:
         contrast = _contrast(data)
         given = {"both_ways": both_ways, "joint": joint, "preview": preview, "budget": budget}
-        how: dict[str, Any] = {name: value for name, value in given.items() if value}
-        how |= {"seed": seed, "progress": progress} | ({} if budget is None else {"budget": budget})
+        # What was not asked for is left open: a recalibration then keeps what the old curve had.
+        how: dict[str, Any] = {n: v for n, v in given.items() if v is not None and v is not False}
+        how |= {"seed": seed, "progress": progress}
         if recalibrate:
             tuned = tuning.recalibrate(_load(model), fitted, contrast, **how)
             tuned = replace(tuned, provenance={**tuned.provenance, "model": model})

@@ -37,7 +37,7 @@ from innsteer.site import Site, Where
 from innsteer.steerer import Interventions
 from innsteer.steering import Steering, Strength
 from innsteer.suites import behaviour as suites
-from innsteer.tuning import control, control_meter, control_metric
+from innsteer.tuning import control, control_meter, control_metric, require_own
 
 PICKLES = {".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt"}
 ITEMS = 48
@@ -213,10 +213,9 @@ def _placed(
                 remedy="say which tensor is meant",
             )
         placed |= dict.fromkeys(places, vector)
-    if absent := [layer for layer in layers if layer not in placed] or not placed:
-        told = ", ".join(map(str, absent)) if isinstance(absent, list) else "any"
+    if absent := [str(layer) for layer in layers if layer not in placed]:
         raise InputError(
-            f"{path.name} has no vector for the layers {told}",
+            f"{path.name} has no vector for the layers {', '.join(absent)}",
             expected="some of " + ", ".join(sorted(found)),
         )
     return placed
@@ -346,13 +345,7 @@ def loss(
 
 def _edit(steering: Steering, contrast: Contrast, strength: Strength) -> Edit:
     """The edit of the contrast's own behaviour, or a mix."""
-    if contrast.behaviour not in steering.behaviours:
-        raise InputError(
-            f"a contrast of {contrast.behaviour!r} for a steering of "
-            + ", ".join(map(repr, steering.behaviours)),
-            expected="the behaviour that it steers",
-            remedy="load the data with behaviour=... (command line: FILE,behaviour=NAME)",
-        )
+    require_own(steering, contrast)
     if isinstance(strength, Mapping):
         return steering.edit(strength)
     return steering.edit(strength, behaviour=contrast.behaviour)

@@ -134,13 +134,7 @@ def tune(
     """
     if not 0 < budget < math.inf:
         raise InputError(f"budget {budget}", expected="nats per token, above 0")
-    if contrast.behaviour not in steering.behaviours:
-        raise InputError(
-            f"a contrast of {contrast.behaviour!r} for a steering of "
-            + ", ".join(map(repr, steering.behaviours)),
-            expected="the behaviour that it was fitted on",
-            remedy="tune on that contrast, or load this one with behaviour=...",
-        )
+    require_own(steering, contrast)
     held = contrast.part("validation")
     check_unseen(steering, held)
     held = held.subset(min(len(held), control_items), seed)
@@ -178,6 +172,18 @@ def tune(
     notes = {"control": control_metric(held), "costs": ["neutral_cost", *halves], "by": by}
     every = {**steering.provenance.get("tuning", {}), contrast.behaviour: notes}
     return steering.tuned({contrast.behaviour: curve}, tuning=every).of(contrast.behaviour)
+
+
+def require_own(steering: Steering, contrast: Contrast) -> None:
+    """Refuse data of a behaviour that a steering does not have."""
+    if contrast.behaviour not in steering.behaviours:
+        raise InputError(
+            f"a contrast of {contrast.behaviour!r} for a steering of "
+            + ", ".join(map(repr, steering.behaviours)),
+            expected="the behaviour that it was fitted on",
+            remedy="take that contrast, or load this one with behaviour=... (command line: "
+            "FILE,behaviour=NAME)",
+        )
 
 
 def recalibrate(
