@@ -242,12 +242,12 @@ def _parquet(data: bytes, file: str) -> list[Row]:
     return read_rows(values, file)
 
 
-def _decoded(data: bytes, file: str) -> str:
-    """The text of a file in UTF-8."""
+def _decoded(data: bytes, file: str, line: int | None = None) -> str:
+    """The text of a file in UTF-8, or of one of its lines."""
     try:
         return data.decode()
     except UnicodeDecodeError as error:
-        place = data[: error.start].count(b"\n") + 1
+        place = line or data[: error.start].count(b"\n") + 1
         raise DataError(
             f"{file}, line {place}: byte 0x{data[error.start]:02x} is not UTF-8",
             expected="UTF-8",
@@ -353,15 +353,9 @@ def _some(rows: list[Row], file: str) -> list[Row]:
 
 def _json(raw: bytes, file: str, line: int | None = None) -> Any:
     """The value of one line, or of a whole file where `line` is None."""
+    text = _decoded(raw, file, line)
     try:
-        return json.loads(raw.decode())
-    except UnicodeDecodeError as error:
-        place = line or raw[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{file}, line {place}: byte 0x{raw[error.start]:02x} is not UTF-8",
-            expected="UTF-8",
-            remedy="convert the file",
-        ) from error
+        return json.loads(text)
     except (ValueError, RecursionError) as error:
         place = line or int(getattr(error, "lineno", 1))
         many = "Extra data" in str(error) and line is None
