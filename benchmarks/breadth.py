@@ -12,6 +12,7 @@ them with a seal that fits, must be refused, or load to the same outputs.
 """
 
 import argparse
+import hashlib
 import json
 import platform
 import random
@@ -66,7 +67,7 @@ def table(found: dict[str, dict[str, dict[str, str]]]) -> str:
 
 
 def kills(count: int = 20, seed: int = 0) -> list[dict[str, Any]]:
-    """Record, fit and tune, each killed at random moments and run again; what came of it."""
+    """Record, fit, tune and eval, killed at random moments and run again; what came of it."""
     dice, found = random.Random(seed), []
     with tempfile.TemporaryDirectory() as place:
         home = Path(place)
@@ -78,10 +79,9 @@ def kills(count: int = 20, seed: int = 0) -> list[dict[str, Any]]:
         (home / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)))
         whole, seconds = chain(home, "whole")
         for number in range(count):
-            verb = ("record", "fit", "tune")[number % 3]
+            verb = ("record", "fit", "tune", "eval")[number % 4]
             name = f"killed-{number}"
-            # What comes before the killed verb is that of the undisturbed run.
-            if verb != "record":
+            if verb != "record":  # no need to record again
                 (home / f"{name}-rows").symlink_to(home / "whole-rows")
             moment = dice.uniform(0.1, 0.98) * seconds[verb]
             same = chain(home, name, verb, moment)[0] == whole
@@ -93,13 +93,14 @@ def kills(count: int = 20, seed: int = 0) -> list[dict[str, Any]]:
 def chain(
     home: Path, name: str, killed: str = "", moment: float = 0.0
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Record, fit and tune under a name, one of them killed and run again; digests and seconds."""
-    rows, steering = f"{name}-rows", f"{name}-steering"
+    """Record, fit, tune and eval under a name, one killed and run again; digests and seconds."""
+    rows, steering, report = f"{name}-rows", f"{name}-steering", f"{name}-report"
     verbs = {
         "record": ["record", "mine.jsonl", "-o", rows, "-m", "model", "--layers", "1"],
-        "fit": ["fit", "mine.jsonl", "--rows", rows, "-o", steering, "-m", "model"]
+        "fit": ["fit", "mine.jsonl", "--layers", "1", "-o", steering, "-m", "model"]
         + ["--set", "epochs=60"],
         "tune": ["tune", steering, "mine.jsonl", "--preview"],
+        "eval": ["eval", steering, "-d", "mine.jsonl", "-o", report, "--preview"],
     }
     seconds = {}
     for verb, words in verbs.items():
@@ -120,6 +121,10 @@ def chain(
         "rows": Activations.load(home / rows).hash,
         "identity": fitted.identity,
         "strength": repr(fitted.calibration["mine"].strength),
+        # The arms have the steering's name, which is another one each time.
+        "answers": hashlib.sha256(
+            (home / report / "completions.jsonl").read_bytes().replace(steering.encode(), b"it")
+        ).hexdigest(),
     }
     return found, seconds
 

@@ -2,6 +2,7 @@
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ import tiny
 from innsteer import cli, demo, evaluation, fitting, shelf, tuning
 from innsteer.activations import Activations
 from innsteer.backends import hf
+from innsteer.backends.memo import Memo
 from innsteer.contrast import Contrast
 from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
@@ -466,6 +468,92 @@ def test_an_interrupt_is_exit_code_130(run, fitted, monkeypatch):
 
     monkeypatch.setattr(hf.HF, "generate", stop)
     refused(run("generate", "tuned", "Hi", "-m", "model"), 130, "interrupted")
+
+
+INTERRUPTED = {
+    "fit": ["mine.jsonl", "--layers", "1,2", "--method", "diffmean", "-m", "model", "-o", "late"],
+    "tune": ["tuned", "mine.jsonl", "-m", "model", "--preview", "-o", "late"],
+    "eval": ["tuned", "-d", "mine.jsonl", "-m", "model", "--preview", "-o", "late"],
+}
+
+
+@pytest.mark.parametrize("verb", INTERRUPTED)
+def test_an_interrupted_verb_goes_on_where_it_stopped(run, home, fitted, monkeypatch, verb):
+    results = []
+
+    def stop(memo, of, suffix):
+        if len(list(memo.folder.glob("*.*"))) == 4:
+            raise KeyboardInterrupt
+        return where(memo, of, suffix)
+
+    def note(memo, *error):
+        results.append((memo.made, memo.replayed))
+        return leave(memo, *error)
+
+    where, leave, hidden = Memo._path, Memo.__exit__, home / ".late.unfinished"
+    monkeypatch.setattr(Memo, "__exit__", note)
+    with monkeypatch.context() as patch:
+        patch.setattr(Memo, "_path", stop)
+        refused(run(verb, *INTERRUPTED[verb]), 130, "the same command goes on where it stopped")
+    assert hidden.is_dir() and not (home / "late").exists()
+    assert run(verb, *INTERRUPTED[verb], "--json")[0] == 0
+    assert not hidden.exists()
+    (home / "late").rename(home / f"late-{verb}")
+    assert run(verb, *INTERRUPTED[verb], "--json")[0] == 0
+    (home / "late").rename(home / f"whole-{verb}")
+    (stopped, _), (rest, replayed), (whole, none) = results
+    assert stopped == replayed == 4 and none == 0 and rest == whole - 4
+    if verb == "eval":
+        names = ["completions.jsonl"]
+    else:
+        names = [name.name for name in (home / "whole-fit").iterdir() if "tensors" in name.name]
+    for name in names:
+        late, undisturbed = (home / f"{kind}-{verb}" / name for kind in ("late", "whole"))
+        assert late.read_bytes() == undisturbed.read_bytes()
+    if verb != "eval":
+        late, undisturbed = (Steering.load(home / f"{kind}-{verb}") for kind in ("late", "whole"))
+        assert late.calibration == undisturbed.calibration
+        assert late.provenance.get("layers") == undisturbed.provenance.get("layers")
+
+
+FULL = """
+import resource, signal, sys
+from innsteer import cli
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (250, resource.RLIM_INFINITY))
+for line in sys.argv[1:]:
+    sys.argv = ["innsteer", *line.split()]
+    try:
+        cli.main()
+    except SystemExit as left:
+        print("code", left.code)
+"""
+
+
+def test_a_full_disk_leaves_nothing_half_written(home, fitted):
+    """Every write beyond 250 bytes fails, as on a full disk."""
+    lines = [
+        "record mine.jsonl -m model -o full",
+        "fit mine.jsonl -m model --method diffmean -o full",
+        "tune tuned mine.jsonl -m model --preview -o full",
+        "eval tuned -d mine.jsonl -m model --preview -o full",
+        "export tuned mine.jsonl -m model -o full.gguf",
+    ]
+    before = sorted(path.name for path in home.iterdir())
+    sealed = Steering.load(home / "tuned").identity
+    code = [sys.executable, "-W", "ignore", "-c", FULL, *lines]
+    done = subprocess.run(code, capture_output=True, text=True, cwd=home, timeout=300)
+    codes = [line for line in done.stdout.splitlines() if line.startswith("code ")]
+    assert codes == ["code 1"] * len(lines), done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == len(lines) and "Traceback" not in done.stderr
+    assert all("full" in line for line in errors), errors
+    assert all("File too large" in line or "not whole" in line for line in errors), errors
+    left = {path.name for path in home.iterdir()} - set(before)
+    assert all(name.startswith(".full.") for name in left), left  # what lets them go on
+    assert Steering.load(home / "tuned").identity == sealed
+    for name in left:
+        shutil.rmtree(home / name)
 
 
 def test_no_argument_shows_the_help(run):

@@ -321,9 +321,10 @@ def test_a_meter_tells_a_map_the_prompt_that_it_keeps(model):
     columns, found = [], []
     block = model.layout.blocks[2].module
     for sites in ([Site(1)], []):
-        meter = backend.meter(reference, sites)
-        with block.register_forward_pre_hook(lambda _, args: columns.append(args[0].shape[1])):
+        meter, seen_columns = backend.meter(reference, sites), []
+        with block.register_forward_pre_hook(lambda _, args: seen_columns.append(args[0].shape[1])):
             found.append(meter([edit]))
+        columns.append(seen_columns[-1])  # the first passes are the unsteered ones
     kept, whole = found
     assert columns[0] <= 8 < columns[1]  # the prompts do not run again
     for one, other in zip(kept, whole, strict=True):

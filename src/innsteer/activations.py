@@ -16,11 +16,19 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from innsteer.errors import FormatError, InputError, UnknownName
-from innsteer.files import Journal, fresh_folder, read_json, resumed_folder, sha256_file, write_json
+from innsteer.files import (
+    Journal,
+    fresh_folder,
+    read_json,
+    resumed_folder,
+    sha256_file,
+    write_json,
+    write_tensors,
+)
 from innsteer.site import Site
 
 Read = Literal["last", "mean", "all", "span"]
@@ -436,9 +444,9 @@ class ShardWriter:
         stem = f"{len(self._files) // 2:05d}"
         named = {str(site): v for site, v in values.items()}
         named |= {f"{BEFORE}{site}": v for site, v in context.items()}
-        tensors = {name: v.float().contiguous() for name, v in named.items()}
+        tensors = {name: v.float() for name, v in named.items()}
         names = [f"{stem}.safetensors", f"{stem}.rows.json"]
-        save_file(tensors, self._folder / names[0])
+        write_tensors(self._folder / names[0], tensors)
         write_json(self._folder / names[1], rows.records())
         if self._journal is not None:
             self._files |= self._journal.add(*names)

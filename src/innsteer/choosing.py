@@ -42,7 +42,7 @@ def candidates(contrast: Contrast) -> dict[str, Steerer]:
 
 
 def fit(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     contrast: Contrasts,
     method: str | Steerer = "innsteer",
     *,
@@ -79,7 +79,7 @@ def fit(
 
 
 def choose_method(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     contrast: Contrast,
     methods: Mapping[str, Steerer] | None = None,
     *,
@@ -107,7 +107,7 @@ def choose_method(
         BudgetError: none of them spends the budget.
     """
     tried = methods or candidates(contrast)
-    backend = HF(model)
+    backend = HF.to(model)
     items = contrast.validation
     score = metric(control_metric(items))
     spend = partial(_preview, budget=budget, seed=seed, progress=progress)
@@ -119,10 +119,10 @@ def choose_method(
     for name, steerer in tried.items():
         if steerer.through:
             run = run or through(backend, contrast, sites, progress=progress)
-            one = fit_run(model, steerer, run, contrast, seed=seed, progress=progress)
+            one = fit_run(backend, steerer, run, contrast, seed=seed, progress=progress)
         else:
-            rows = rows or record_parts(model, contrast, sites, progress=progress)
-            one = fit_rows(model, steerer, rows, seed=seed, progress=progress)
+            rows = rows or record_parts(backend, contrast, sites, progress=progress)
+            one = fit_rows(backend, steerer, rows, seed=seed, progress=progress)
         try:
             tuned = spend(backend, one, contrast)
         except BudgetError as error:
@@ -189,7 +189,7 @@ def _why(kept: str, best: str, table: Mapping[str, Any]) -> str:
 
 
 def choose_layer(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     contrast: Contrast,
     method: str | Steerer,
     sites: Sequence[Site],
@@ -214,19 +214,19 @@ def choose_layer(
         raise InputError("no site to choose from", expected="at least one")
     steerer = get(method, **fields) if isinstance(method, str) else method
     sites = sorted(set(sites))
-    backend = HF(model)
+    backend = HF.to(model)
     how: dict[str, Any] = {"where": where, "seed": seed, "progress": progress}
     spend = partial(_preview, budget=budget, seed=seed, progress=progress)
     if not steerer.through:
-        rows = record_parts(model, contrast, sites, read=read, span=span, progress=progress)
+        rows = record_parts(backend, contrast, sites, read=read, span=span, progress=progress)
     tried: dict[str, Steering] = {}
     table: dict[str, float | None] = {}
     failed: dict[str, str] = {}
     for site in sites:
         if steerer.through:
-            fitted = fit_one(model, contrast, steerer, sites=[site], read=read, span=span, **how)
+            fitted = fit_one(backend, contrast, steerer, sites=[site], read=read, span=span, **how)
         else:
-            fitted = fit_rows(model, steerer, rows.at(site), **how)
+            fitted = fit_rows(backend, steerer, rows.at(site), **how)
         try:
             tuned = spend(backend, fitted, contrast)
         except BudgetError as error:

@@ -145,6 +145,7 @@ def fit(
     fields = {} if auto else _fields(method, field or [])
     from innsteer import choosing, fitting
     from innsteer.activations import Activations
+    from innsteer.backends.hf import HF
     from innsteer.site import Where
     from innsteer.steerer import get
 
@@ -160,7 +161,7 @@ def fit(
             expected="data of one behaviour, or several recorded now and fitted at chosen layers",
             remedy="leave out --rows, name one layer, or fit all layers with --together",
         )
-    with Bars(as_json) as progress:
+    with Bars(as_json) as progress, _memo(folder) as memo:
         contrasts = [_contrast(one) for one in data]
         contrast = contrasts[0]
         recorded = Activations.load(rows) if rows else None
@@ -168,18 +169,16 @@ def fit(
             recorded = recorded.at(*sites)
         if recorded is not None:
             _fitting(recorded, rows, contrast, data[0], together)
-        language_model = _load(model)
+        backend = HF(_load(model), memo=memo)
         if recorded is not None:
             steering = fitting.fit_rows(
-                language_model, steerer, recorded, where=place, seed=seed, progress=progress
+                backend, steerer, recorded, where=place, seed=seed, progress=progress
             )
         elif auto:
-            steering = choosing.choose_method(
-                language_model, contrast, seed=seed, progress=progress
-            )
+            steering = choosing.choose_method(backend, contrast, seed=seed, progress=progress)
         elif compared:
             steering = choosing.choose_layer(
-                language_model,
+                backend,
                 contrast,
                 steerer,
                 sites,
@@ -190,7 +189,7 @@ def fit(
             )
         else:
             steering = fitting.fit(
-                language_model,
+                backend,
                 contrasts,
                 steerer,
                 sites=sites,
@@ -225,16 +224,16 @@ def extend(
 ) -> None:
     """Add behaviours to a fitted steering; those that it has stay as they are."""
     from innsteer import fitting
+    from innsteer.backends.hf import HF
     from innsteer.steering import Steering
 
     if folder:
         require_absent(folder)
-    fitted = Steering.load(steering)
-    with Bars(as_json) as progress:
+    fitted, place = Steering.load(steering), folder or steering
+    with Bars(as_json) as progress, _memo(place) as memo:
         contrasts = [_contrast(one) for one in data]
-        language_model = _base(fitted, model)
-        grown = fitting.extend(language_model, fitted, contrasts, seed=seed, progress=progress)
-        place = folder or steering
+        backend = HF(_base(fitted, model), memo=memo)
+        grown = fitting.extend(backend, fitted, contrasts, seed=seed, progress=progress)
         grown.save(place, replace=folder is None)
     names = ", ".join(one.behaviour for one in contrasts)
     text = f"added {names} in {grown.provenance['extend_seconds']} s -> {place}"
@@ -275,22 +274,23 @@ def tune(
             expected="the sibling to move it to, and a folder of its own; the budget stays",
         )
     from innsteer import tuning
+    from innsteer.backends.hf import HF
     from innsteer.steering import Steering
 
-    fitted = Steering.load(steering)
-    with Bars(as_json) as progress:
+    fitted, place = Steering.load(steering), folder or steering
+    with Bars(as_json) as progress, _memo(place) as memo:
         contrast = _contrast(data)
         given = {"both_ways": both_ways, "joint": joint, "preview": preview, "budget": budget}
         # What was not asked for is left open: a recalibration then keeps what the old curve had.
         how: dict[str, Any] = {n: v for n, v in given.items() if v is not None and v is not False}
         how |= {"seed": seed, "progress": progress}
         if recalibrate:
-            tuned = tuning.recalibrate(_load(model), fitted, contrast, **how)
+            backend = HF(_load(model), memo=memo)
+            tuned = tuning.recalibrate(backend, fitted, contrast, **how)
             tuned = replace(tuned, provenance={**tuned.provenance, "model": model})
         else:
-            language_model = _base(fitted, model)
-            tuned = tuning.tune(language_model, fitted, contrast, **how)
-        place = folder or steering
+            backend = HF(_base(fitted, model), memo=memo)
+            tuned = tuning.tune(backend, fitted, contrast, **how)
         tuned.save(place, replace=folder is None)
     if not as_json:
         out.print(_dose_table(tuned))
@@ -444,13 +444,14 @@ def evaluate(
     """Compare steerings with unsteered, prompt-only and a random direction; write a report."""
     require_absent(folder)
     from innsteer import evaluation
+    from innsteer.backends.hf import HF
     from innsteer.steering import Steering
     from innsteer.suites import behaviour as suites
 
     loaded = {path.resolve().name: Steering.load(path) for path in steering}
     if len(loaded) < len(steering):
         raise InputError("folders of the same name", expected="a name of its own for every arm")
-    with Bars(as_json) as progress:
+    with Bars(as_json) as progress, _memo(folder) as memo:
         suite = suites.load(_contrast(data), instruction=instruction)
         if not suite.instruction:
             _warn("no instruction is known, so no prompt-only arm; give one with --instruction")
@@ -459,7 +460,7 @@ def evaluate(
         for fitted in loaded.values():
             _check(fitted, language_model)
         report = evaluation.compare(
-            language_model,
+            HF(language_model, memo=memo),
             loaded,
             suite.preview() if preview else suite,
             sizes=evaluation.PREVIEW if preview else evaluation.Sizes(),
@@ -744,6 +745,14 @@ def demo(
 
 
 # --- shared --------------------------------------------------------------------------------------
+
+
+def _memo(target: Path) -> Any:
+    """What an interrupted verb had computed, hidden beside what it writes."""
+    from innsteer.backends.memo import Memo
+
+    whole = target.resolve()
+    return Memo(whole.parent / f".{whole.name}.unfinished")
 
 
 class Bars:
@@ -1067,10 +1076,18 @@ def main() -> NoReturn:
             verbs = ", ".join(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
             message += f" The verbs: {verbs}"
         _fail(message + _given(message), 2)
+    except OSError as error:  # a full disk, a folder that may not be written to
+        place = f"{error.filename}: " if error.filename else ""
+        _fail(f"{place}{error.strerror or error}; {_left()}", 1)
     if code == 130:
-        kept = "the same command goes on" if "record" in sys.argv[1:2] else "nothing was written"
-        _fail(f"interrupted; {kept}", code)
+        _fail(f"interrupted; {_left()}", code)
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _left() -> str:
+    """What a verb that did not end leaves behind."""
+    goes_on = {"record", "fit", "extend", "tune", "eval"} & set(sys.argv[1:2])
+    return "the same command goes on where it stopped" if goes_on else "nothing was written"
 
 
 def _given(message: str) -> str:

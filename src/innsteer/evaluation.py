@@ -79,7 +79,7 @@ PREVIEW = Sizes(neutral_prompts=16, asides=0, long=(), trails=1, cloud=16)
 
 
 def compare(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     steerings: Mapping[str, Steering],
     suite: Suite,
     *,
@@ -93,6 +93,7 @@ def compare(
         InputError: a steering that was not tuned: without a budget nothing can be compared.
         LeakError: a steering was fitted on items of the suite.
     """
+    backend = HF.to(model)
     # Of several behaviours in one map the suite's own is meant, where it has that.
     steerings = {
         name: steering.of(suite.behaviour) if suite.behaviour in steering.behaviours else steering
@@ -106,9 +107,9 @@ def compare(
             raise InputError(f"{what} was not tuned", remedy="tune it to a budget first")
         if suite.items is not None:
             check_unseen(steering, suite.items)
-    arms = standard_arms(model, steerings, suite, seed=seed)
+    arms = standard_arms(backend, steerings, suite, seed=seed)
     return evaluate(
-        model, arms, suite, steerings=steerings, sizes=sizes, seed=seed, progress=progress
+        backend, arms, suite, steerings=steerings, sizes=sizes, seed=seed, progress=progress
     )
 
 
@@ -124,7 +125,7 @@ def require_scorer(control: str) -> None:
 
 
 def standard_arms(
-    model: LanguageModel, steerings: Mapping[str, Steering], suite: Suite, *, seed: int = 0
+    model: LanguageModel | HF, steerings: Mapping[str, Steering], suite: Suite, *, seed: int = 0
 ) -> list[Arm]:
     """Unsteered, prompt-only (where an instruction is known), a random direction, the steerings.
 
@@ -142,20 +143,20 @@ def standard_arms(
     return [*arms, *steered]
 
 
-def _random_arm(model: LanguageModel, like: Arm, suite: Suite, seed: int) -> Arm:
+def _random_arm(model: LanguageModel | HF, like: Arm, suite: Suite, seed: int) -> Arm:
     """A random unit direction per site, scaled to the relative displacement of another arm.
 
     Both are taken on the behaviour's own prompts: a gate may leave all others alone.
     """
     assert like.edit is not None
+    backend = HF.to(model)
     rng = torch.Generator().manual_seed(seed)
     sites: dict[Site, Shift] = {}
     for site in like.edit.interventions:
-        direction = torch.randn(1, model.layout.width_of(site), generator=rng)
+        direction = torch.randn(1, backend.model.layout.width_of(site), generator=rng)
         sites[site] = Shift(direction.shape[1])
         sites[site].shifts.copy_(direction / direction.norm())
     unit = Edit(Interventions(dict(sites)), torch.ones(1), like.edit.where)
-    backend = HF(model)
     reference = backend.reference((suite.prompts or suite.neutral)[:8], None)
     meter = backend.meter(reference, list(sites), divergence=False)
     moved: list[list[float]] = [[], []]
@@ -166,7 +167,7 @@ def _random_arm(model: LanguageModel, like: Arm, suite: Suite, seed: int) -> Arm
 
 
 def evaluate(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     arms: Sequence[Arm],
     suite: Suite,
     *,
@@ -185,7 +186,8 @@ def evaluate(
         raise InputError("arms without distinct names", expected="at least one arm, all distinct")
     require_scorer(suite.control)
     started = time.perf_counter()
-    run = _Run(HF(model), suite, sizes, seed, progress)
+    backend = HF.to(model)
+    run = _Run(backend, suite, sizes, seed, progress)
     sites = sorted({site for arm in arms for edit in arm.edits for site in edit.interventions})
     completions: list[Completion] = []
     completions += run.answers(arms)
@@ -199,7 +201,7 @@ def evaluate(
     # Fewer than the measure asks for (100 prompts, 2,000 tokens) is a foretaste.
     preview = sizes.preview or unchecked or len(measured) < 100 or sum(measured) < 2000
     context = {
-        "model": model.name,
+        "model": backend.model.name,
         "behaviour": suite.behaviour,
         "sites": {name: [str(x) for x in s.interventions] for name, s in steerings.items()},
         "identities": {name: s.identity for name, s in steerings.items()},
@@ -212,7 +214,7 @@ def evaluate(
         "seconds": round(time.perf_counter() - started, 1),
     }
     return Report(
-        title=f"{suite.behaviour} on {model.name}",
+        title=f"{suite.behaviour} on {backend.model.name}",
         behaviour=suite.behaviour,
         control=suite.control,
         budget=max((curve.budget for curve in curves), default=0),

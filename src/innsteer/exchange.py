@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from innsteer import __version__, steerer
@@ -28,7 +27,7 @@ from innsteer.errors import (
     NothingSteeredError,
     RefusedError,
 )
-from innsteer.files import require_absent, sha256_file
+from innsteer.files import fresh_file, require_absent, sha256_file, write_tensors
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit, Shift
 from innsteer.metrics import get as metric
@@ -261,7 +260,7 @@ def as_vector(
     progress: Progress = silent,
 ) -> dict[Site, Tensor]:
     """The mean of what a steering adds at each site, over answers of the training part."""
-    backend = model if isinstance(model, HF) else HF(model)
+    backend = HF.to(model)
     edit = _edit(steering, contrast, strength)
     items = contrast.train.subset(min(ITEMS, len(contrast.train)))
     sums: dict[Site, Tensor] = {}
@@ -307,7 +306,7 @@ def loss(
     progress: Progress = silent,
 ) -> Loss:
     """Control and cost of a steering and of vectors that stand for it, side by side."""
-    backend = model if isinstance(model, HF) else HF(model)
+    backend = HF.to(model)
     items = contrast.validation.subset(min(ITEMS, len(contrast.validation)))
     real = _edit(steering, contrast, strength)
     constant = Edit(shifts(vectors), torch.ones(1), Where("all"))
@@ -376,15 +375,11 @@ def export_vector(
     broken = [str(site) for site, vector in vectors.items() if not torch.isfinite(vector).all()]
     if broken:
         raise InputError(f"vectors that are not finite at {', '.join(broken)}", expected="numbers")
-    staged = path.with_name(path.name + ".part")
-    try:
-        if path.suffix == ".gguf":
+    if path.suffix == ".gguf":
+        with fresh_file(path) as staged:
             _write_gguf(model, vectors, staged)
-        else:
-            save_file(_biases(model, vectors), staged, metadata={"format": "pt", "note": note})
-        staged.replace(path)
-    finally:
-        staged.unlink(missing_ok=True)
+    else:
+        write_tensors(path, _biases(model, vectors), {"format": "pt", "note": note})
     return path
 
 
@@ -423,6 +418,11 @@ def _write_gguf(model: LanguageModel, vectors: dict[Site, Tensor], path: Path) -
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+    # It writes tensors past Python, so that a full disk goes by unnoticed.
+    try:
+        _read_gguf(path, None)
+    except FormatError as error:
+        raise OSError(0, f"what was written is not whole ({error})") from error
 
 
 def _biases(model: LanguageModel, vectors: dict[Site, Tensor]) -> dict[str, Tensor]:

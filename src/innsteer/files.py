@@ -6,12 +6,15 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from innsteer.errors import FormatError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MAX_JSON = 64 * 2**20
 
@@ -212,23 +215,51 @@ def _sync(path: Path) -> None:
             os.fsync(stream.fileno())
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file by temporary name and rename."""
+@contextmanager
+def fresh_file(path: str | Path) -> Iterator[Path]:
+    """A file beside ``path`` that becomes it on success and vanishes on failure."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    staging = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
+        yield staging
+        _sync(staging)
         umask = os.umask(0)
         os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+        staging.chmod(0o666 & ~umask)
+        os.replace(staging, path)
+    except BaseException as error:
+        staging.unlink(missing_ok=True)
+        if isinstance(error, OSError):  # say which file, not by which name it was staged
+            error.filename = str(path)
         raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file by temporary name and rename."""
+    with fresh_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
+def write_tensors(
+    path: str | Path, tensors: Mapping[str, "Tensor"], metadata: dict[str, str] | None = None
+) -> None:
+    """Write tensors by temporary name and rename.
+
+    Raises:
+        OSError: the disk is full, or may not be written to.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with fresh_file(path) as staging:
+        try:
+            whole = {name: one.contiguous() for name, one in tensors.items()}
+            save_file(whole, staging, metadata)
+        except SafetensorError as error:
+            raise OSError(0, str(error)) from error
 
 
 def write_json(path: str | Path, value: Any) -> None:

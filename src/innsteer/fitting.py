@@ -48,7 +48,7 @@ def middle_site(model: LanguageModel) -> Site:
 
 
 def record(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     contrast: Contrast,
     sites: Sequence[Site] = (),
     *,
@@ -68,14 +68,15 @@ def record(
         origin: more of where the contrast is from, for the provenance.
     """
     chosen = read or ("last" if contrast.kind == "choice" else "mean")
-    where = sites or (default_site(model),)
-    return HF(model).record(
+    backend = HF.to(model)
+    where = sites or (default_site(backend.model),)
+    return backend.record(
         contrast, where, read=chosen, span=span, folder=folder, origin=origin, progress=progress
     )
 
 
 def fit(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     contrast: Contrasts,
     method: str | Steerer = "innsteer",
     *,
@@ -146,7 +147,7 @@ def through(
             of which neither tuning nor evaluation sees a kind), for others none. Beside them stand
             some of these statements as plain prompts, with the model's own answers.
     """
-    backend = model if isinstance(model, HF) else HF(model)
+    backend = HF.to(model)
     contrasts = each(contrast)
     parts = [_fitted_part(one) for one in contrasts]
     bare = suites.in_format_of(contrasts, "fit") if unmoved is None else tuple(unmoved)
@@ -160,7 +161,7 @@ def through(
 
 
 def fit_run(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     steerer: Steerer,
     run: Through,
     contrast: Contrasts,
@@ -193,7 +194,7 @@ def fit_run(
 
 
 def extend(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     steering: Steering,
     contrast: Contrasts,
     *,
@@ -214,7 +215,8 @@ def extend(
         InputError: a method that cannot, or a behaviour that is there already.
         MismatchError: a steering of another model.
     """
-    steering.check(model)
+    backend = HF.to(model)
+    steering.check(backend.model)
     contrasts = each(contrast)
     steering.steerer.check_extends(steering.interventions)
     if there := [one.behaviour for one in contrasts if one.behaviour in steering.behaviours]:
@@ -223,7 +225,7 @@ def extend(
             expected="another one",
             remedy="load it with behaviour=..., or fit again",
         )
-    backend, sites, seconds = HF(model), list(steering.interventions), 0.0
+    sites, seconds = list(steering.interventions), 0.0
     grown = steering.interventions
     # One by one: each is dialled by its own items alone.
     for one in contrasts:
@@ -250,7 +252,7 @@ def extend(
 
 
 def fit_rows(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     steerer: Steerer,
     acts: Activations,
     *,
@@ -263,10 +265,10 @@ def fit_rows(
     Raises:
         MismatchError: the rows were recorded on another model.
     """
-    recorded = acts.provenance.get("fingerprint")
-    if recorded and (other := Fingerprint(**recorded).differs(model.fingerprint)):
+    recorded, own = acts.provenance.get("fingerprint"), HF.to(model).model
+    if recorded and (other := Fingerprint(**recorded).differs(own.fingerprint)):
         raise MismatchError(
-            f"these rows were recorded on {recorded['name']!r}, and {model.name!r} has another "
+            f"these rows were recorded on {recorded['name']!r}, and {own.name!r} has another "
             + ", ".join(other),
             remedy="record them on this model",
         )
@@ -279,7 +281,7 @@ def fit_rows(
 
 
 def _fitted(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     steerer: Steerer,
     fitted: Interventions,
     acts: Activations,
@@ -304,12 +306,17 @@ def _fitted(
         **{key: acts.provenance[key] for key in ORIGIN if key in acts.provenance},
     }
     return Steering(
-        steerer, fitted, acts.behaviours, where, model.fingerprint, provenance=provenance
+        steerer,
+        fitted,
+        acts.behaviours,
+        where,
+        HF.to(model).model.fingerprint,
+        provenance=provenance,
     )
 
 
 def record_parts(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     contrast: Contrasts,
     sites: Sequence[Site] = (),
     *,

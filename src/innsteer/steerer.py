@@ -124,6 +124,15 @@ class Interventions(nn.Module):
         }
 
 
+def tensor_bytes(module: nn.Module) -> Iterator[bytes]:
+    """Name, type, shape and content of a module's tensors, in order of name: what hashes cover."""
+    for name, tensor in sorted(module.state_dict().items()):
+        yield f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode()
+        # Bytes, because numpy knows no bfloat16.
+        flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        yield flat.numpy().tobytes()
+
+
 def _key(site: Site) -> str:
     """A module name: nn.ModuleDict allows no dots."""
     return f"{site.stream}_{site.layer}"

@@ -12,19 +12,27 @@ import torch
 from jinja2 import Environment, PackageLoader
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from innsteer import steerer as contract
 from innsteer.calibration import Calibration, parse_number
 from innsteer.errors import FormatError, InputError, MismatchError
-from innsteer.files import canonical, fresh_folder, read_json, sha256_file, write_json, write_text
+from innsteer.files import (
+    canonical,
+    fresh_folder,
+    read_json,
+    sha256_file,
+    write_json,
+    write_tensors,
+    write_text,
+)
 from innsteer.fingerprint import Fingerprint, fingerprint
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span, Where
-from innsteer.steerer import Interventions, Steerer
+from innsteer.steerer import Interventions, Steerer, tensor_bytes
 
 FORMAT = 1
 MAX_SIZE = 1_000_000
@@ -228,11 +236,8 @@ class Steering:
         if recipe["base"]:
             recipe["base"].pop("name")
         digest = hashlib.sha256(canonical(recipe))
-        for name, tensor in sorted(self.interventions.state_dict().items()):
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-            # Bytes, because numpy knows no bfloat16.
-            flat = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            digest.update(flat.numpy().tobytes())
+        for part in tensor_bytes(self.interventions):
+            digest.update(part)
         return digest.hexdigest()
 
     # --- the folder ------------------------------------------------------------------------------
@@ -251,10 +256,10 @@ class Steering:
         }
         with fresh_folder(folder, replace=replace) as staging:
             tensors = {
-                name: tensor.detach().cpu().contiguous().clone()
+                name: tensor.detach().cpu().clone()
                 for name, tensor in self.interventions.state_dict().items()
             }
-            save_file(tensors, staging / TENSORS)
+            write_tensors(staging / TENSORS, tensors)
             write_json(staging / HEADER, header)
             write_text(staging / CARD, self.model_card())
             files = {name: sha256_file(staging / name) for name in (HEADER, TENSORS, CARD)}

@@ -138,7 +138,7 @@ def tune(
     held = contrast.part("validation")
     check_unseen(steering, held)
     held = held.subset(min(len(held), control_items), seed)
-    backend = model if isinstance(model, HF) else HF(model)
+    backend = HF.to(model)
     sites = list(steering.interventions)
     edit: EditAt = partial(steering.edit, behaviour=contrast.behaviour)
     prompts = suites.neutral("validation")
@@ -187,7 +187,7 @@ def require_own(steering: Steering, contrast: Contrast) -> None:
 
 
 def recalibrate(
-    model: LanguageModel,
+    model: LanguageModel | HF,
     steering: Steering,
     contrast: Contrast,
     *,
@@ -214,6 +214,8 @@ def recalibrate(
         InputError: not tuned, or this very model. MismatchError: another tokenizer or template, no
             such layers, or a figure out of its range; the message has them all.
     """
+    backend = HF.to(model)
+    model = backend.model
     old = steering.calibration.get(contrast.behaviour)
     if old is None or steering.base is None:
         raise InputError(
@@ -248,13 +250,13 @@ def recalibrate(
         "joint": "in_format_cost" in costs,
         "both_ways": old.doses[0].strength < 0,
     } | how
-    tuned = tune(model, moved, contrast, seed=seed, progress=progress, **how)
+    tuned = tune(backend, moved, contrast, seed=seed, progress=progress, **how)
     new = tuned.calibration[contrast.behaviour]
     sites = list(steering.interventions)
     rows = (
-        through(model, contrast, sites, progress=progress).rows()
+        through(backend, contrast, sites, progress=progress).rows()
         if steering.steerer.through
-        else record_parts(model, contrast, sites, progress=progress)
+        else record_parts(backend, contrast, sites, progress=progress)
     )
     health = steering.steerer.diagnose(rows, steering.interventions)
     before, after = old.at_budget, new.at_budget

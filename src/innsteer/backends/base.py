@@ -86,6 +86,11 @@ class Completion:
         """Plain data, one line of completions.jsonl."""
         return dict(vars(self)) | {"values": {k: list(v) for k, v in self.values.items()}}
 
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> "Completion":
+        """What ``to_json`` made."""
+        return cls(**{**row, "values": {k: tuple(v) for k, v in row["values"].items()}})
+
 
 class Backend(Protocol):
     """An engine that runs a model under edits. ``edits=()`` is the plain model."""

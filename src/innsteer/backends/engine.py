@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from innsteer.backends.base import Progress
+from innsteer.backends.memo import Memo, of_edits
 from innsteer.contrast import Conversation
 from innsteer.hooks import Trace, require_selected
 from innsteer.interventions import Edit
@@ -24,12 +25,29 @@ class Engine:
         model: from ``load_model``.
         batch: sequences per batch in generation.
         batch_tokens: padded tokens per batch elsewhere.
+        memo: where results of calls are kept, so that an interrupted run goes on.
     """
 
-    def __init__(self, model: LanguageModel, *, batch: int = 16, batch_tokens: int = 2048) -> None:
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        batch: int = 16,
+        batch_tokens: int = 2048,
+        memo: Memo | None = None,
+    ) -> None:
         self.model = model
         self.batch = batch
         self.batch_tokens = batch_tokens
+        self.memo = memo or Memo()
+
+    def of(self, call: str, *given: Any, edits: Sequence[Edit] = ()) -> list[Any]:
+        """All that a call's result depends on, for the memo; cheap without one."""
+        if self.memo.folder is None:
+            return []
+        model = self.model
+        how = [asdict(model.fingerprint), str(model.model.dtype), str(model.device)]
+        return [call, *how, self.batch, self.batch_tokens, *given, of_edits(edits)]
 
     def _logits(self, ids: Tensor, mask: Tensor, keep: int, cache: Any = None) -> Tensor:
         """Logits of the last ``keep`` positions (0 = all) of a padded batch."""

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from innsteer import __version__
 from innsteer.activations import Activations, Read, Rows, ShardWriter
 from innsteer.backends.base import Completion, Progress, Prompt, Sampling, silent
 from innsteer.backends.engine import Engine, as_text, edits_of, positions_of, tally, watch
+from innsteer.backends.memo import Memo as Memo
 from innsteer.backends.meter import Meter as Meter
 from innsteer.backends.meter import Reference as Reference
 from innsteer.backends.meter import instruct as instruct
@@ -37,13 +39,26 @@ class HF(Engine):
         model: from ``load_model``.
         batch: sequences per batch in generation.
         batch_tokens: padded tokens per batch elsewhere.
+        memo: where results of calls are kept, so that an interrupted run goes on.
     """
 
     name = "hf"
 
-    def __init__(self, model: LanguageModel, *, batch: int = 16, batch_tokens: int = 2048) -> None:
-        super().__init__(model, batch=batch, batch_tokens=batch_tokens)
+    def __init__(
+        self,
+        model: LanguageModel,
+        *,
+        batch: int = 16,
+        batch_tokens: int = 2048,
+        memo: Memo | None = None,
+    ) -> None:
+        super().__init__(model, batch=batch, batch_tokens=batch_tokens, memo=memo)
         self._references: dict[tuple[object, ...], Reference] = {}
+
+    @classmethod
+    def to(cls, model: "LanguageModel | HF") -> "HF":
+        """A backend of a model; one that is given stays."""
+        return model if isinstance(model, HF) else cls(model)
 
     # --- generate --------------------------------------------------------------------------------
 
@@ -56,6 +71,16 @@ class HF(Engine):
         progress: Progress = silent,
     ) -> list[Completion]:
         """Answers to prompts; rows of ``coef`` belong to prompts in the order given."""
+        of = self.of("generate", list(map(vars, prompts)), vars(sampling), edits=edits)
+        return self.memo.completions(of, lambda: self._generate(prompts, edits, sampling, progress))
+
+    def _generate(
+        self,
+        prompts: Sequence[Prompt],
+        edits: Sequence[Edit],
+        sampling: Sampling,
+        progress: Progress,
+    ) -> list[Completion]:
         encoded = [self.model.encode(prompt.conversation) for prompt in prompts]
         done: dict[int, Completion] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i].ids))
@@ -125,6 +150,13 @@ class HF(Engine):
         progress: Progress = silent,
     ) -> list[tuple[tuple[float, ...], ...]]:
         """Log-probabilities of every answer's tokens, per prompt and answer."""
+        of = self.of("score", list(map(vars, prompts)), edits=edits)
+        found = self.memo.value(of, lambda: self._score(prompts, edits, progress))
+        return [tuple(tuple(values) for values in answers) for answers in found]
+
+    def _score(
+        self, prompts: Sequence[Prompt], edits: Sequence[Edit], progress: Progress
+    ) -> list[list[tuple[float, ...]]]:
         jobs = [
             (i, self.model.encode(prompt.conversation, answer=answer))
             for i, prompt in enumerate(prompts)
@@ -149,7 +181,7 @@ class HF(Engine):
         answers: list[list[tuple[float, ...]]] = [[] for _ in prompts]
         for (i, _), values in zip(jobs, found, strict=True):
             answers[i].append(values)
-        return [tuple(values) for values in answers]
+        return answers
 
     def score_text(self, texts: Sequence[str], edits: Sequence[Edit] = ()) -> list[float]:
         """Total log-probability of plain texts, without any template; every token steered.
@@ -159,6 +191,11 @@ class HF(Engine):
         Raises:
             InputError: a text too short for that.
         """
+        of = self.of("score_text", list(texts), edits=edits)
+        found: list[float] = self.memo.value(of, lambda: self._score_text(texts, edits))
+        return found
+
+    def _score_text(self, texts: Sequence[str], edits: Sequence[Edit]) -> list[float]:
         tokenizer = self.model.tokenizer
         rows = [tuple(tokenizer(text)["input_ids"]) for text in texts]
         edits = [
@@ -212,18 +249,27 @@ class HF(Engine):
         key = (tuple(ids), tuple(prompt.item for prompt in prompts), sampling)
         if key in self._references:
             return self._references[key]
-        order = sorted(range(len(prompts)), key=lambda i: lengths[i])
+        drawn = replace(sampling, temperature=sampling.temperature or 1.0)
+        of = self.of("reference", ids, vars(drawn))
+        new = self.memo.value(of, lambda: self._continued(ids, drawn, progress))
+        whole = tuple((*before, *after) for before, after in zip(ids, new, strict=True))
+        self._references[key] = Reference(tuple(prompts), whole, lengths, turns)
+        return self._references[key]
+
+    def _continued(
+        self, ids: Sequence[Sequence[int]], sampling: Sampling, progress: Progress
+    ) -> list[list[int]]:
+        """The unsteered model's continuation of each prompt."""
+        new: list[list[int]] = [[] for _ in ids]
+        order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
         for start in range(0, len(order), self.batch):
             index = order[start : start + self.batch]
             progress("reference", start, len(order))
-            drawn = replace(sampling, temperature=sampling.temperature or 1.0)
-            for i, new in zip(
-                index, self._decode([ids[i] for i in index], drawn, index[0]), strict=True
-            ):
-                ids[i] = (*ids[i], *new)
+            made = self._decode([ids[i] for i in index], sampling, index[0])
+            for i, tokens in zip(index, made, strict=True):
+                new[i] = tokens
         progress("reference", len(order), len(order))
-        self._references[key] = Reference(tuple(prompts), tuple(ids), lengths, turns)
-        return self._references[key]
+        return new
 
     def forced(self, prompts: Sequence[Prompt]) -> Reference:
         """Given answers as a reference: one row per prompt and answer, in order."""
@@ -305,6 +351,7 @@ class HF(Engine):
             behaviours = (contrast.behaviour,)
             shards = ShardWriter(folder, behaviours, read, provenance, resume=plan)
         batches: list[Activations] = []
+        nothing = Memo()  # shards go on by themselves
         with shards or nullcontext(), torch.inference_mode(), ExitStack() as stack:
             seen = self._capture(stack, sites)
             lengths = [len(encoded.ids) for _, _, encoded in jobs]
@@ -312,26 +359,16 @@ class HF(Engine):
                 if shards and number < shards.done:
                     continue
                 part = [jobs[j] for j in index]
-                ids, mask = self._pad([e.ids for _, _, e in part], side=padding_side)
-                places = positions_of(mask)
-                try:
-                    self.model.model.base_model(
-                        ids, attention_mask=mask, position_ids=places, use_cache=False
-                    )
-                except _Stop:
-                    pass
-                offset = [
-                    ids.shape[1] - len(e.ids) if padding_side == "left" else 0 for *_, e in part
-                ]
                 records, picks = [], []
                 for row, (item, side, encoded) in enumerate(part):
                     for tokens in _read_tokens(encoded, read, span, item.id):
-                        picks.append((row, [t + offset[row] for t in tokens]))
+                        picks.append((row, tokens))
                         records.append(_row(contrast, item, side, tokens[-1]))
-                values = {
-                    site: torch.stack([h[row, tokens].float().mean(0) for row, tokens in picks])
-                    for site, h in seen.items()
-                }
+                sequences = [encoded.ids for _, _, encoded in part]
+                of = self.of("record", sequences, picks, sorted(map(str, sites)), padding_side)
+                made = partial(self._read, sequences, picks, seen, padding_side)
+                found = (nothing if shards else self.memo).tensors(of, made)
+                values = {site: found[str(site)] for site in sorted(sites)}
                 # Checked here: rows that are not finite must not reach the disk.
                 rows = Activations(values, Rows.of(records), (contrast.behaviour,), read)
                 if shards:
@@ -343,6 +380,28 @@ class HF(Engine):
         joined = {site: torch.cat([b.values[site] for b in batches]) for site in sorted(sites)}
         table = Rows.of([record for batch in batches for record in batch.rows.records()])
         return Activations(joined, table, (contrast.behaviour,), read, provenance)
+
+    def _read(
+        self,
+        sequences: Sequence[Sequence[int]],
+        picks: Sequence[tuple[int, Sequence[int]]],
+        seen: Mapping[Site, Tensor],
+        padding_side: str,
+    ) -> dict[str, Tensor]:
+        """Means ``[picks, d]`` of the tokens picked from some sequences, by site."""
+        ids, mask = self._pad(sequences, side=padding_side)
+        try:
+            self.model.model.base_model(
+                ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
+            )
+        except _Stop:
+            pass
+        before = [ids.shape[1] - len(s) if padding_side == "left" else 0 for s in sequences]
+        places = [(row, [before[row] + t for t in tokens]) for row, tokens in picks]
+        return {
+            str(site): torch.stack([h[row, tokens].float().mean(0) for row, tokens in places])
+            for site, h in seen.items()
+        }
 
     def _encode_side(self, item: Item, side: str) -> Encoded:
         return self.model.encode(item.prompt, answer=getattr(item, side))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -76,8 +77,13 @@ class Meter:
     ) -> None:
         self.backend, self.reference = backend, reference
         self._cut = cut_of(sites)
-        self._divergence = divergence
-        self._batches: list[_Measured] = []
+        self._divergence, self._sites = divergence, sites
+
+    @cached_property
+    def _batches(self) -> "list[_Measured]":
+        """What is unsteered, batch by batch; computed when something is measured."""
+        backend, reference, sites = self.backend, self.reference, self._sites
+        found: list[_Measured] = []
         lengths = [len(ids) for ids in reference.ids]
         with torch.inference_mode():
             for index in backend._batches(lengths, silent, "meter"):
@@ -91,12 +97,12 @@ class Meter:
                     base = self._predict(index, ids, mask, cache)
                 prefix = ids.shape[1] - max(map(self._count, index)) - 1
                 tokens = self._tokens(index, base)
-                self._batches.append(
+                found.append(
                     _Measured(
                         index,
                         ids,
                         mask,
-                        base if divergence else None,
+                        base if self._divergence else None,
                         tokens,
                         base.gather(-1, tokens).squeeze(-1),
                         held[0] if held else None,
@@ -105,6 +111,7 @@ class Meter:
                         self._contexts(index, ids.shape[1], seen),
                     )
                 )
+        return found
 
     def __call__(
         self,
@@ -121,6 +128,29 @@ class Meter:
         Args:
             displacement: a list to which |h' - h| / |h| of every edited row is appended.
         """
+
+        def measure() -> dict[str, Any]:
+            moved: list[float] | None = None if displacement is None else []
+            made = self._measure(edits, kind, moved)
+            return {"made": [one.to_json() for one in made], "moved": moved}
+
+        if self.backend.memo.folder is None:
+            return self._measure(edits, kind, displacement)
+        found = self.backend.memo.value(
+            self._of("meter", kind, displacement is None, edits=edits), measure
+        )
+        if displacement is not None:
+            displacement += found["moved"]
+        return [Completion.from_json(row) for row in found["made"]]
+
+    def _of(self, call: str, *given: Any, edits: Sequence[Edit] = ()) -> list[Any]:
+        """All that a figure of this reference depends on."""
+        own = [*vars(self.reference).values()], list(map(str, self._sites)), self._divergence
+        return self.backend.of(call, *own, *given, edits=edits)
+
+    def _measure(
+        self, edits: Sequence[Edit], kind: Kind, displacement: list[float] | None
+    ) -> list[Completion]:
         found: dict[int, Completion] = {}
         # An edit below the cut changes what was kept.
         held = cut_of([site for edit in edits for site in edit.interventions]) >= self._cut
@@ -166,6 +196,9 @@ class Meter:
 
     def unsteered(self, *, kind: Kind = "neutral") -> list[Completion]:
         """The same figures for the plain model: a divergence of 0, nothing run again."""
+        return self.backend.memo.completions(self._of("unsteered", kind), lambda: self._plain(kind))
+
+    def _plain(self, kind: Kind) -> list[Completion]:
         found: dict[int, Completion] = {}
         for part in self._batches:
             found |= self._completions(part, part.base, kind, None)
@@ -173,6 +206,10 @@ class Meter:
 
     def prompted(self, instruction: str, *, kind: Kind = "neutral") -> list[Completion]:
         """The same figures for the plain model with an instruction added to every prompt."""
+        of = self._of("prompted", instruction, kind)
+        return self.backend.memo.completions(of, lambda: self._prompted(instruction, kind))
+
+    def _prompted(self, instruction: str, kind: Kind) -> list[Completion]:
         found: dict[int, Completion] = {}
         reference = self.reference
         for part in self._batches:

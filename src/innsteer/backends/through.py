@@ -19,6 +19,7 @@ from innsteer import __version__
 from innsteer.activations import Activations, Rows
 from innsteer.backends.base import Progress, silent
 from innsteer.backends.engine import Engine, context_of, cut_of, replay, tap, watch
+from innsteer.backends.memo import digest
 from innsteer.backends.meter import Reference
 from innsteer.contrast import Contrast, Item
 from innsteer.errors import InputError
@@ -259,12 +260,7 @@ class Through:
         """
         if interventions is None and (step, said) in self._rows:
             return self._rows[step, said]
-        values: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
-        lifts: dict[Site, list[Tensor]] = {site: [] for site in self.sites}
-        for part in self._item_parts():
-            for site, (h, grad) in self._gradients(part, interventions, said).items():
-                values[site].append(h)
-                lifts[site].append(grad)
+        parts = [self._kept(part, interventions, said) for part in self._item_parts()]
         train = torch.tensor(self.items("train") or range(len(self._asked)))
         still = self._still_rows(interventions)
         joined, context = {}, {}
@@ -272,7 +268,7 @@ class Through:
         for site in self.sites:
             numbers = [*asked, *asked, *self._bare(), *self._restated()]
             context[site] = torch.stack([self._before[n][site] for n in numbers]).cpu()
-            h, grad = torch.cat(values[site]), torch.cat(lifts[site])
+            h, grad = (torch.cat([p[f"{name} {site}"] for p in parts]) for name in ("row", "grad"))
             own = h[train]
             spread = (own - own.mean(0)).norm(dim=-1).square().mean().sqrt()
             move = step * spread * grad / grad.norm(dim=-1, keepdim=True).clamp_min(1e-12)
@@ -333,10 +329,20 @@ class Through:
             used += size
         yield part
 
+    def _kept(
+        self, part: Sequence[int], interventions: Interventions | None, said: bool
+    ) -> dict[str, Tensor]:
+        """``_gradients`` of some items, computed once for all runs that were interrupted."""
+        sequences = [vars(self._sequences[number]) for i in part for number in self._own(i)]
+        read = [self._sides(i) for i in part], said, list(map(str, self.sites))
+        whole = self._provenance["contrasts"], digest(interventions)
+        of = self._backend.of("gradients", sequences, *read, *whole)
+        return self._backend.memo.tensors(of, lambda: self._gradients(part, interventions, said))
+
     def _gradients(
         self, part: Sequence[int], interventions: Interventions | None, said: bool
-    ) -> dict[Site, tuple[Tensor, Tensor]]:
-        """Rows and gradients ``[items, d]`` of some items at every site."""
+    ) -> dict[str, Tensor]:
+        """Rows and gradients ``[items, d]`` of some items at every site, by ``row|grad site``."""
         # A row for each item, or items that ask the same would have the sum of their gradients.
         place = {pair: row for row, pair in enumerate((i, s) for i in part for s in self._own(i))}
         numbers = [number for _, number in place]
@@ -358,7 +364,8 @@ class Through:
                 places = [(place[i, s], slice(self._length(s))) for s in self._own(i)]
                 rows.append(torch.cat([seen[site][at].detach().float() for at in places]).mean(0))
                 lifts.append(torch.cat([grad[at].float() for at in places]).sum(0))
-            found[site] = torch.stack(rows).cpu(), torch.stack(lifts).cpu()
+            found[f"row {site}"] = torch.stack(rows).cpu()
+            found[f"grad {site}"] = torch.stack(lifts).cpu()
         return found
 
     def _still_rows(self, interventions: Interventions | None) -> dict[Site, list[Tensor]]:

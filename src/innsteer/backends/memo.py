@@ -1,0 +1,136 @@
+"""Memo: what the calls of a long run gave, on disk, so that an interrupted run goes on."""
+
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from innsteer import __version__
+from innsteer.backends.base import Completion
+from innsteer.errors import InnsteerError
+from innsteer.files import write_tensors, write_text
+from innsteer.interventions import Edit
+from innsteer.steerer import Interventions, tensor_bytes
+
+THREADS = "threads"
+MODULE = set(vars(nn.Module()))
+"""Attributes that every module has, and that say nothing about what it does."""
+
+
+class Memo:
+    """Results by a digest of all that they depend on; a context in which a run may be interrupted.
+
+    The run is started again from its beginning: a call that had ended gives back what it gave, to
+    the bit; the first that had not is made. Without a folder every call is made.
+
+    The folder vanishes when the run ends, by success or by a refusal. An interruption, a full disk
+    or a kill leaves it, and the next run finds it. That one gets as many threads as the first had,
+    because another number would change the last bits.
+
+    Attributes:
+        folder: of the results. made, replayed: how many calls were.
+
+    Raises:
+        OSError: a result cannot be written.
+    """
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder = Path(folder) if folder is not None else None
+        self.made = self.replayed = 0
+        self._threads = torch.get_num_threads()
+
+    def __enter__(self) -> Self:
+        if self.folder is not None:
+            with suppress(OSError, ValueError):  # nothing was interrupted
+                text = (self.folder / THREADS).read_text(encoding="utf-8")
+                torch.set_num_threads(max(int(text), 1))
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        torch.set_num_threads(self._threads)
+        if self.folder is not None and (kind is None or issubclass(kind, InnsteerError)):
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def value(self, of: object, make: Callable[[], Any]) -> Any:
+        """A JSON value made from ``of``; tuples come back as lists.
+
+        Args:
+            of: all that it depends on, as JSON; what is not is told apart by its ``repr``.
+        """
+        if self.folder is None:
+            return make()
+        path = self._path(of, ".json")
+        with suppress(OSError, ValueError):  # none yet, or torn: it is made again
+            found = json.loads(path.read_text(encoding="utf-8"))
+            self.replayed += 1
+            return found
+        value = make()
+        self._begin()
+        write_text(path, json.dumps(value))
+        self.made += 1
+        return value
+
+    def completions(self, of: object, make: Callable[[], Sequence[Completion]]) -> list[Completion]:
+        """Completions made from ``of``."""
+        if self.folder is None:
+            return list(make())
+        rows = self.value(of, lambda: [one.to_json() for one in make()])
+        return [Completion.from_json(row) for row in rows]
+
+    def tensors(self, of: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors by name, made from ``of``."""
+        if self.folder is None:
+            return make()
+        path = self._path(of, ".safetensors")
+        with suppress(OSError, SafetensorError):
+            found = load_file(path)
+            self.replayed += 1
+            return found
+        tensors = make()
+        self._begin()
+        write_tensors(path, tensors)
+        self.made += 1
+        return tensors
+
+    def _begin(self) -> None:
+        """Note the threads beside the first result."""
+        assert self.folder is not None
+        if not (self.folder / THREADS).exists():
+            write_text(self.folder / THREADS, str(torch.get_num_threads()))
+
+    def _path(self, of: object, suffix: str) -> Path:
+        assert self.folder is not None
+        versions = [__version__, torch.__version__, transformers.__version__]
+        text = json.dumps([versions, of], sort_keys=True, default=repr)
+        return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}{suffix}"
+
+
+def digest(maps: Interventions | None) -> str:
+    """SHA-256 of everything that decides what maps do: their classes, settings and tensors."""
+    if maps is None:
+        return ""
+    found = hashlib.sha256()
+    for site, part in maps.items():
+        for name, module in part.named_modules():
+            own = {k: v for k, v in vars(module).items() if k not in MODULE}
+            text = repr([str(site), name, type(module).__qualname__, sorted(own.items())])
+            # An address says nothing: such a map is like no other, and is never replayed.
+            found.update((secrets.token_hex() if " at 0x" in text else text).encode())
+        for content in tensor_bytes(part):
+            found.update(content)
+    return found.hexdigest()
+
+
+def of_edits(edits: Iterable[Edit]) -> list[Any]:
+    """All that decides what edits do, as JSON."""
+    return [[digest(e.interventions), e.coef.tolist(), str(e.where)] for e in edits]
