@@ -6,6 +6,7 @@ import pytest
 
 from innsteer import contrast, metrics
 from innsteer.backends.base import Completion
+from innsteer.metrics.asking import asks
 from innsteer.metrics.degeneration_256 import loops
 from innsteer.metrics.formality import formality
 from innsteer.metrics.refusal import declines
@@ -153,6 +154,60 @@ def test_declining_is_told_by_phrases_at_the_start(text, declined):
 )
 def test_formality_follows_its_formula(text, index):
     assert formality(text) == pytest.approx(index)
+
+
+# --- asking --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "asked"),
+    [
+        ("", False),
+        ("Tell me what you tried.", False),
+        # The reader is named, in any of the words for it and with either apostrophe.
+        ("Prune it. How old is your tree? Then wait.", True),
+        ("Which size do YOU’VE in mind?", True),
+        ("Is that brother's or yours?", True),
+        # No reader and a verb: a question about the world; a short one without a verb is to him.
+        ("Why is it dry?", False),
+        ("Why isn’t it dry?", False),
+        ("What's missing?", False),
+        ("Which kind?", True),
+        ("one two three four five six?", True),
+        ("one two three four five six seven?", False),
+        # What precedes the question's own sentence or line does not count.
+        ("You did well. What is missing?", False),
+        ("For you\nWhat is missing?", False),
+        # Quoted, also where the quotation was cut off; an answer outside it still asks.
+        ('Say "How are you?" kindly.', False),
+        ("Say “How are you? And", False),
+        ('Say "How are you?". Have you tried?', True),
+        # A speaker in the reader's place, courtesy, advice and tags.
+        ("How can I help you?", False),
+        ("What's on my list for you?", False),
+        ("Is there anything else you need?", False),
+        ("Can you help me with it?", False),
+        ("Why don't you wait?", False),
+        ("How about Tuesday?", False),
+        ("Awkward, right?", False),
+        ("But don't you think?", False),
+        ("Which do you find right?", True),
+        # Nothing is asked where no word stands.
+        ("Oh... ?", False),
+    ],
+)
+def test_asking_is_told_by_words_of_its_questions(text, asked):
+    assert asks(text) is asked
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_the_shares_stated_for_asking_are_those_of_the_scorer(side):
+    items = contrast.Contrast.load("asking").items
+    share = sum(asks(getattr(item, side)) for item in items) / len(items)
+    assert share == pytest.approx(stated("asking", side)[0], abs=1.5e-3)
+
+
+# --- what the cards state ------------------------------------------------------------------------
 
 
 def stated(behaviour, side):
