@@ -166,7 +166,7 @@ def test_formality_follows_its_formula(text, index):
         ("Tell me what you tried.", False),
         # The reader is named, in any of the words for it and with either apostrophe.
         ("Prune it. How old is your tree? Then wait.", True),
-        ("Which size do YOU’VE in mind?", True),
+        ("Is it a size that YOU’VE bought before today?", True),
         ("Is that brother's or yours?", True),
         # No reader and a verb: a question about the world; a short one without a verb is to him.
         ("Why is it dry?", False),
@@ -188,8 +188,11 @@ def test_formality_follows_its_formula(text, index):
         ("Is there anything else you need?", False),
         ("Can you help me with it?", False),
         ("Why don't you wait?", False),
+        ("Why not Monday?", False),
         ("How about Tuesday?", False),
+        ("What about Sunday?", False),
         ("Awkward, right?", False),
+        ("Hard, no?", False),
         ("But don't you think?", False),
         ("Which do you find right?", True),
         # Nothing is asked where no word stands.
