@@ -481,10 +481,10 @@ INTERRUPTED = {
 def test_an_interrupted_verb_goes_on_where_it_stopped(run, home, fitted, monkeypatch, verb):
     results = []
 
-    def stop(memo, of, suffix):
+    def stop(memo, key, suffix):
         if len(list(memo.folder.glob("*.*"))) == 4:
             raise KeyboardInterrupt
-        return where(memo, of, suffix)
+        return where(memo, key, suffix)
 
     def note(memo, *error):
         results.append((memo.made, memo.replayed))

@@ -107,7 +107,7 @@ def choose_method(
         BudgetError: none of them spends the budget.
     """
     tried = methods or candidates(contrast)
-    backend = HF.to(model)
+    backend = HF.of(model)
     items = contrast.validation
     score = metric(control_metric(items))
     spend = partial(_preview, budget=budget, seed=seed, progress=progress)
@@ -214,7 +214,7 @@ def choose_layer(
         raise InputError("no site to choose from", expected="at least one")
     steerer = get(method, **fields) if isinstance(method, str) else method
     sites = sorted(set(sites))
-    backend = HF.to(model)
+    backend = HF.of(model)
     how: dict[str, Any] = {"where": where, "seed": seed, "progress": progress}
     spend = partial(_preview, budget=budget, seed=seed, progress=progress)
     if not steerer.through:

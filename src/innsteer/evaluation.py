@@ -93,7 +93,7 @@ def compare(
         InputError: a steering that was not tuned: without a budget nothing can be compared.
         LeakError: a steering was fitted on items of the suite.
     """
-    backend = HF.to(model)
+    backend = HF.of(model)
     # Of several behaviours in one map the suite's own is meant, where it has that.
     steerings = {
         name: steering.of(suite.behaviour) if suite.behaviour in steering.behaviours else steering
@@ -149,7 +149,7 @@ def _random_arm(model: LanguageModel | HF, like: Arm, suite: Suite, seed: int) -
     Both are taken on the behaviour's own prompts: a gate may leave all others alone.
     """
     assert like.edit is not None
-    backend = HF.to(model)
+    backend = HF.of(model)
     rng = torch.Generator().manual_seed(seed)
     sites: dict[Site, Shift] = {}
     for site in like.edit.interventions:
@@ -186,7 +186,7 @@ def evaluate(
         raise InputError("arms without distinct names", expected="at least one arm, all distinct")
     require_scorer(suite.control)
     started = time.perf_counter()
-    backend = HF.to(model)
+    backend = HF.of(model)
     run = _Run(backend, suite, sizes, seed, progress)
     sites = sorted({site for arm in arms for edit in arm.edits for site in edit.interventions})
     completions: list[Completion] = []

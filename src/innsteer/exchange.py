@@ -260,7 +260,7 @@ def as_vector(
     progress: Progress = silent,
 ) -> dict[Site, Tensor]:
     """The mean of what a steering adds at each site, over answers of the training part."""
-    backend = HF.to(model)
+    backend = HF.of(model)
     edit = _edit(steering, contrast, strength)
     items = contrast.train.subset(min(ITEMS, len(contrast.train)))
     sums: dict[Site, Tensor] = {}
@@ -306,7 +306,7 @@ def loss(
     progress: Progress = silent,
 ) -> Loss:
     """Control and cost of a steering and of vectors that stand for it, side by side."""
-    backend = HF.to(model)
+    backend = HF.of(model)
     items = contrast.validation.subset(min(ITEMS, len(contrast.validation)))
     real = _edit(steering, contrast, strength)
     constant = Edit(shifts(vectors), torch.ones(1), Where("all"))

@@ -68,7 +68,7 @@ def record(
         origin: more of where the contrast is from, for the provenance.
     """
     chosen = read or ("last" if contrast.kind == "choice" else "mean")
-    backend = HF.to(model)
+    backend = HF.of(model)
     where = sites or (default_site(backend.model),)
     return backend.record(
         contrast, where, read=chosen, span=span, folder=folder, origin=origin, progress=progress
@@ -147,7 +147,7 @@ def through(
             of which neither tuning nor evaluation sees a kind), for others none. Beside them stand
             some of these statements as plain prompts, with the model's own answers.
     """
-    backend = HF.to(model)
+    backend = HF.of(model)
     contrasts = each(contrast)
     parts = [_fitted_part(one) for one in contrasts]
     bare = suites.in_format_of(contrasts, "fit") if unmoved is None else tuple(unmoved)
@@ -215,7 +215,7 @@ def extend(
         InputError: a method that cannot, or a behaviour that is there already.
         MismatchError: a steering of another model.
     """
-    backend = HF.to(model)
+    backend = HF.of(model)
     steering.check(backend.model)
     contrasts = each(contrast)
     steering.steerer.check_extends(steering.interventions)
@@ -265,7 +265,7 @@ def fit_rows(
     Raises:
         MismatchError: the rows were recorded on another model.
     """
-    recorded, own = acts.provenance.get("fingerprint"), HF.to(model).model
+    recorded, own = acts.provenance.get("fingerprint"), HF.of(model).model
     if recorded and (other := Fingerprint(**recorded).differs(own.fingerprint)):
         raise MismatchError(
             f"these rows were recorded on {recorded['name']!r}, and {own.name!r} has another "
@@ -310,7 +310,7 @@ def _fitted(
         fitted,
         acts.behaviours,
         where,
-        HF.to(model).model.fingerprint,
+        HF.of(model).model.fingerprint,
         provenance=provenance,
     )
 

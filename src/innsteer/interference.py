@@ -107,7 +107,7 @@ def interference(
         LeakError: the steering was fitted on the items.
         MismatchError: a steering of another model.
     """
-    backend = HF.to(model)
+    backend = HF.of(model)
     steering.check(backend.model)
     names = [contrast.behaviour for contrast in contrasts]
     given = dict(strengths or {})

@@ -138,7 +138,7 @@ def tune(
     held = contrast.part("validation")
     check_unseen(steering, held)
     held = held.subset(min(len(held), control_items), seed)
-    backend = HF.to(model)
+    backend = HF.of(model)
     sites = list(steering.interventions)
     edit: EditAt = partial(steering.edit, behaviour=contrast.behaviour)
     prompts = suites.neutral("validation")
@@ -214,7 +214,7 @@ def recalibrate(
         InputError: not tuned, or this very model. MismatchError: another tokenizer or template, no
             such layers, or a figure out of its range; the message has them all.
     """
-    backend = HF.to(model)
+    backend = HF.of(model)
     model = backend.model
     old = steering.calibration.get(contrast.behaviour)
     if old is None or steering.base is None:

@@ -53,10 +53,10 @@ class Stopped(Memo):
         super().__init__(folder)
         self.after = after
 
-    def _path(self, of, suffix):
+    def _path(self, key, suffix):
         if self.made == self.after:
             raise KeyboardInterrupt
-        return super()._path(of, suffix)
+        return super()._path(key, suffix)
 
 
 contrast = words.contrast()

@@ -41,7 +41,7 @@ class Engine:
         self.batch_tokens = batch_tokens
         self.memo = memo or Memo()
 
-    def of(self, call: str, *given: Any, edits: Sequence[Edit] = ()) -> list[Any]:
+    def key(self, call: str, *given: Any, edits: Sequence[Edit] = ()) -> list[Any]:
         """All that a call's result depends on, for the memo; cheap without one."""
         if self.memo.folder is None:
             return []

@@ -56,7 +56,7 @@ class HF(Engine):
         self._references: dict[tuple[object, ...], Reference] = {}
 
     @classmethod
-    def to(cls, model: "LanguageModel | HF") -> "HF":
+    def of(cls, model: "LanguageModel | HF") -> "HF":
         """A backend of a model; one that is given stays."""
         return model if isinstance(model, HF) else cls(model)
 
@@ -71,8 +71,10 @@ class HF(Engine):
         progress: Progress = silent,
     ) -> list[Completion]:
         """Answers to prompts; rows of ``coef`` belong to prompts in the order given."""
-        of = self.of("generate", list(map(vars, prompts)), vars(sampling), edits=edits)
-        return self.memo.completions(of, lambda: self._generate(prompts, edits, sampling, progress))
+        key = self.key("generate", list(map(vars, prompts)), vars(sampling), edits=edits)
+        return self.memo.completions(
+            key, lambda: self._generate(prompts, edits, sampling, progress)
+        )
 
     def _generate(
         self,
@@ -150,8 +152,8 @@ class HF(Engine):
         progress: Progress = silent,
     ) -> list[tuple[tuple[float, ...], ...]]:
         """Log-probabilities of every answer's tokens, per prompt and answer."""
-        of = self.of("score", list(map(vars, prompts)), edits=edits)
-        found = self.memo.value(of, lambda: self._score(prompts, edits, progress))
+        key = self.key("score", list(map(vars, prompts)), edits=edits)
+        found = self.memo.value(key, lambda: self._score(prompts, edits, progress))
         return [tuple(tuple(values) for values in answers) for answers in found]
 
     def _score(
@@ -191,8 +193,8 @@ class HF(Engine):
         Raises:
             InputError: a text too short for that.
         """
-        of = self.of("score_text", list(texts), edits=edits)
-        found: list[float] = self.memo.value(of, lambda: self._score_text(texts, edits))
+        key = self.key("score_text", list(texts), edits=edits)
+        found: list[float] = self.memo.value(key, lambda: self._score_text(texts, edits))
         return found
 
     def _score_text(self, texts: Sequence[str], edits: Sequence[Edit]) -> list[float]:
@@ -246,15 +248,15 @@ class HF(Engine):
         if sampling is None:
             return Reference(tuple(prompts), tuple(row.ids for row in encoded), lengths, turns)
         ids = [row.ids for row in encoded]
-        key = (tuple(ids), tuple(prompt.item for prompt in prompts), sampling)
-        if key in self._references:
-            return self._references[key]
+        asked = (tuple(ids), tuple(prompt.item for prompt in prompts), sampling)
+        if asked in self._references:
+            return self._references[asked]
         drawn = replace(sampling, temperature=sampling.temperature or 1.0)
-        of = self.of("reference", ids, vars(drawn))
-        new = self.memo.value(of, lambda: self._continued(ids, drawn, progress))
+        key = self.key("reference", ids, vars(drawn))
+        new = self.memo.value(key, lambda: self._continued(ids, drawn, progress))
         whole = tuple((*before, *after) for before, after in zip(ids, new, strict=True))
-        self._references[key] = Reference(tuple(prompts), whole, lengths, turns)
-        return self._references[key]
+        self._references[asked] = Reference(tuple(prompts), whole, lengths, turns)
+        return self._references[asked]
 
     def _continued(
         self, ids: Sequence[Sequence[int]], sampling: Sampling, progress: Progress
@@ -365,9 +367,9 @@ class HF(Engine):
                         picks.append((row, tokens))
                         records.append(_row(contrast, item, side, tokens[-1]))
                 sequences = [encoded.ids for _, _, encoded in part]
-                of = self.of("record", sequences, picks, sorted(map(str, sites)), padding_side)
+                key = self.key("record", sequences, picks, sorted(map(str, sites)), padding_side)
                 made = partial(self._read, sequences, picks, seen, padding_side)
-                found = (nothing if shards else self.memo).tensors(of, made)
+                found = (nothing if shards else self.memo).tensors(key, made)
                 values = {site: found[str(site)] for site in sorted(sites)}
                 # Checked here: rows that are not finite must not reach the disk.
                 rows = Activations(values, Rows.of(records), (contrast.behaviour,), read)

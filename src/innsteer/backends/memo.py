@@ -61,15 +61,15 @@ class Memo:
         if self.folder is not None and (kind is None or issubclass(kind, InnsteerError)):
             shutil.rmtree(self.folder, ignore_errors=True)
 
-    def value(self, of: object, make: Callable[[], Any]) -> Any:
-        """A JSON value made from ``of``; tuples come back as lists.
+    def value(self, key: object, make: Callable[[], Any]) -> Any:
+        """A JSON value by its key; tuples come back as lists.
 
         Args:
-            of: all that it depends on, as JSON; what is not is told apart by its ``repr``.
+            key: all that it depends on, as JSON; what is not is told apart by its ``repr``.
         """
         if self.folder is None:
             return make()
-        path = self._path(of, ".json")
+        path = self._path(key, ".json")
         with suppress(OSError, ValueError):  # none yet, or torn: it is made again
             found = json.loads(path.read_text(encoding="utf-8"))
             self.replayed += 1
@@ -80,18 +80,20 @@ class Memo:
         self.made += 1
         return value
 
-    def completions(self, of: object, make: Callable[[], Sequence[Completion]]) -> list[Completion]:
-        """Completions made from ``of``."""
+    def completions(
+        self, key: object, make: Callable[[], Sequence[Completion]]
+    ) -> list[Completion]:
+        """Completions by their key."""
         if self.folder is None:
             return list(make())
-        rows = self.value(of, lambda: [one.to_json() for one in make()])
+        rows = self.value(key, lambda: [one.to_json() for one in make()])
         return [Completion.from_json(row) for row in rows]
 
-    def tensors(self, of: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """Tensors by name, made from ``of``."""
+    def tensors(self, key: object, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """Tensors by name, by their key."""
         if self.folder is None:
             return make()
-        path = self._path(of, ".safetensors")
+        path = self._path(key, ".safetensors")
         with suppress(OSError, SafetensorError):
             found = load_file(path)
             self.replayed += 1
@@ -108,10 +110,10 @@ class Memo:
         if not (self.folder / THREADS).exists():
             write_text(self.folder / THREADS, str(torch.get_num_threads()))
 
-    def _path(self, of: object, suffix: str) -> Path:
+    def _path(self, key: object, suffix: str) -> Path:
         assert self.folder is not None
         versions = [__version__, torch.__version__, transformers.__version__]
-        text = json.dumps([versions, of], sort_keys=True, default=repr)
+        text = json.dumps([versions, key], sort_keys=True, default=repr)
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()[:32]}{suffix}"
 
 

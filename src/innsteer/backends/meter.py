@@ -137,16 +137,16 @@ class Meter:
         if self.backend.memo.folder is None:
             return self._measure(edits, kind, displacement)
         found = self.backend.memo.value(
-            self._of("meter", kind, displacement is None, edits=edits), measure
+            self._key("meter", kind, displacement is None, edits=edits), measure
         )
         if displacement is not None:
             displacement += found["moved"]
         return [Completion.from_json(row) for row in found["made"]]
 
-    def _of(self, call: str, *given: Any, edits: Sequence[Edit] = ()) -> list[Any]:
+    def _key(self, call: str, *given: Any, edits: Sequence[Edit] = ()) -> list[Any]:
         """All that a figure of this reference depends on."""
         own = [*vars(self.reference).values()], list(map(str, self._sites)), self._divergence
-        return self.backend.of(call, *own, *given, edits=edits)
+        return self.backend.key(call, *own, *given, edits=edits)
 
     def _measure(
         self, edits: Sequence[Edit], kind: Kind, displacement: list[float] | None
@@ -196,7 +196,9 @@ class Meter:
 
     def unsteered(self, *, kind: Kind = "neutral") -> list[Completion]:
         """The same figures for the plain model: a divergence of 0, nothing run again."""
-        return self.backend.memo.completions(self._of("unsteered", kind), lambda: self._plain(kind))
+        return self.backend.memo.completions(
+            self._key("unsteered", kind), lambda: self._plain(kind)
+        )
 
     def _plain(self, kind: Kind) -> list[Completion]:
         found: dict[int, Completion] = {}
@@ -206,8 +208,8 @@ class Meter:
 
     def prompted(self, instruction: str, *, kind: Kind = "neutral") -> list[Completion]:
         """The same figures for the plain model with an instruction added to every prompt."""
-        of = self._of("prompted", instruction, kind)
-        return self.backend.memo.completions(of, lambda: self._prompted(instruction, kind))
+        key = self._key("prompted", instruction, kind)
+        return self.backend.memo.completions(key, lambda: self._prompted(instruction, kind))
 
     def _prompted(self, instruction: str, kind: Kind) -> list[Completion]:
         found: dict[int, Completion] = {}

@@ -336,8 +336,8 @@ class Through:
         sequences = [vars(self._sequences[number]) for i in part for number in self._own(i)]
         read = [self._sides(i) for i in part], said, list(map(str, self.sites))
         whole = self._provenance["contrasts"], digest(interventions)
-        of = self._backend.of("gradients", sequences, *read, *whole)
-        return self._backend.memo.tensors(of, lambda: self._gradients(part, interventions, said))
+        key = self._backend.key("gradients", sequences, *read, *whole)
+        return self._backend.memo.tensors(key, lambda: self._gradients(part, interventions, said))
 
     def _gradients(
         self, part: Sequence[int], interventions: Interventions | None, said: bool
