@@ -68,7 +68,7 @@ LAYERS = Annotated[
     str, typer.Option(help="Blocks, from 0: 19, 15,19,23 or 19.mlp; default: by method.")
 ]
 READ = Annotated[
-    str, typer.Option(help="Answer tokens that become rows: last, mean, all, span:A:B.")
+    str, typer.Option(help="Answer tokens that become rows: last, mean, all, span:START:STOP.")
 ]
 
 
@@ -117,7 +117,7 @@ def fit(
     layers: LAYERS = "",
     read: READ = "",
     where: Annotated[
-        str, typer.Option(help="generated, prompt, assistant, all or range:A:B.")
+        str, typer.Option(help="generated, prompt, assistant, all or range:START:STOP.")
     ] = "generated",
     field: Annotated[
         list[str] | None, typer.Option("--set", help="A field of the method: --set hidden=64.")
