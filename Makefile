@@ -1,4 +1,5 @@
-# The two commands: `make demo` and `make test`. Each makes the environment that it needs.
+# The two commands: `make demo` and `make test`, and the site: `make docs`. Each makes the environment
+# that it needs.
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -8,7 +9,7 @@ OUT ?= runs/demo
 # https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: demo test lint picture clean
+.PHONY: demo test lint docs picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -19,6 +20,10 @@ test: $(VENV)/dev.stamp
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# The site; the notebooks run meanwhile, and a failing cell or a dead link fails it.
+docs: $(VENV)/docs.stamp
+	$(BIN)/python -m sphinx -W --keep-going -q docs build/site
 
 # The README's picture, from the demo's report; needs Chromium.
 picture:
@@ -37,5 +42,9 @@ $(VENV)/dev.stamp: $(VENV)/demo.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
+$(VENV)/docs.stamp: $(VENV)/demo.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build

@@ -19,8 +19,9 @@ from innsteer.site import Where
 
 ROOT = Path(__file__).resolve().parents[1]
 HOUSE = ROOT / "src" / "innsteer"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+FENCE = re.compile(r"^( *)```([\w{}-]*)[^`\n]*\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 NO_ROOMS = {"__init__.py", "py.typed", "templates"}
 NOT_RUN = "<!-- not run -->"
 
@@ -61,7 +62,7 @@ def block(text: str, name: str) -> str:
     return match[1]
 
 
-every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 # --- python --------------------------------------------------------------------------------------
@@ -273,6 +274,22 @@ def test_a_link_that_leads_nowhere_is_found(tmp_path):
     assert broken_links(page) == ["no.md", "#two", "x.png"]
 
 
+def reached(page: Path) -> set[Path]:
+    """The pages that links lead to from a page, itself included."""
+    found, left = set(), {page.resolve()}
+    while left:
+        found.add(page := left.pop())
+        links = re.findall(r"\]\(([^)\s#:]+\.md)", prose(page.read_text(encoding="utf-8")))
+        left |= {(page.parent / link).resolve() for link in links} - found
+    return found
+
+
 def test_every_page_can_be_reached_from_the_readme():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert [page.name for page in PAGES[1:] if f"(docs/{page.name})" not in text] == []
+    assert sorted({*PAGES} - reached(PAGES[0])) == []
+
+
+def test_a_page_that_no_link_leads_to_is_found(tmp_path):
+    pages = {"a": "[b](b.md#c)", "b": "[a](a.md) [d](https://x.org/d.md)", "d": ""}
+    for name, text in pages.items():
+        (tmp_path / f"{name}.md").write_text(text, encoding="utf-8")
+    assert {path.stem for path in reached(tmp_path / "a.md")} == {"a", "b"}

@@ -75,10 +75,12 @@ class INNSteer(Steerer):
     direction depends on the input. With an affine f it is DiffMean (the paper's Corollary F.2), and
     f starts as one. Trained in seconds; about 4 * (d/2 * hidden + hidden * d) weights per site at
     the default depth. f runs in float32 whatever the model's dtype: bfloat16 is too rough for an
-    inverse. Its loss, per dimension so that its terms keep their balance at any width d:
+    inverse. Its loss, per dimension so that its terms keep their balance at any width d::
+
         likelihood * E[|z|^2 / 2 - log_det] / d           both sides against one N(0, I)
         + separation * L_sep                              pushes the sides' latent means apart
         + log_det * ((mean l)^2 + var l),  l = log_det/d  keeps the inverse tame after the shift
+
     The standardisation's constant log-det is left out of l: it would swamp the rest.
 
     ``objective="target"`` aims at what the model then says: rows are moved along the gradient of
@@ -87,8 +89,10 @@ class INNSteer(Steerer):
     LDA of the items' rows against rows that must not move), and ``polish`` steps through the frozen
     model follow. The readouts see only what the edit leaves alone, the row's other coordinates or
     the prompt before it (``reads``), so strengths add and -s undoes s. With ``couplings`` a deeper
-    flow is taught the same field, both ways along each pair, unmoved rows staying, by
+    flow is taught the same field, both ways along each pair, unmoved rows staying, by::
+
         transport * |h' - h+|^2 / mean |gap|^2 + direction * (1 - cos(h' - h, gap))
+
     plus the likelihood and log-det terms; a share of the training pairs is held out to stop it. A
     translation has no fixed point and can only imitate one; the shear has them.
 
