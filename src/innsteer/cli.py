@@ -615,6 +615,45 @@ def export_vector(
     _done(as_json, facts, text, _command("inspect", steering))
 
 
+@app.command()
+def push(
+    steering: STEERING,
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub; made if there is none.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it a private one.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch, made if there is none.")] = "",
+    again: Annotated[
+        bool, typer.Option("--replace", help="Push beside something else that it holds.")
+    ] = False,
+    as_json: JSON = False,
+) -> None:
+    """Upload a steering to the Hub, in one commit."""
+    from innsteer import hub
+
+    commit = hub.push(steering, repo, private=private, revision=revision or None, replace=again)
+    facts = {"folder": str(steering), "repo": repo, "commit": commit}
+    following = _command("pull", repo, "--revision", commit, "--out", repo.rpartition("/")[2])
+    _done(as_json, facts, f"{steering} -> {repo} at {commit}", following)
+
+
+@app.command()
+def pull(
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME on the Hub.")],
+    folder: FOLDER,
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit; default: main.")] = "",
+    as_json: JSON = False,
+) -> None:
+    """Download a steering from the Hub: its own files alone, checked before they appear."""
+    require_absent(folder)
+    from innsteer import hub
+
+    commit, left = hub.pull(repo, folder, revision=revision or None)
+    if left and not as_json:
+        _warn(f"not downloaded, for they are no part of a steering: {', '.join(map(repr, left))}")
+    facts = {"folder": str(folder), "repo": repo, "commit": commit, "left": left}
+    text = f"{repo} at {commit} -> {folder}, every file matches its seal"
+    _done(as_json, facts, text, _command("inspect", folder))
+
+
 @data_verbs.command("check")
 def data_check(source: DATA, as_json: JSON = False) -> None:
     """Look data over: format, sizes, balance, duplicates, give-aways, and what would be done."""

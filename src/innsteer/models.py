@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from innsteer.errors import InputError, PositionError
 from innsteer.fingerprint import Fingerprint, fingerprint
 from innsteer.layout import Layout, find_layout
-from innsteer.smollm2 import hub_reachable, load_gguf, quiet_transformers, smollm2_folder
+from innsteer.smollm2 import HUB_ID, hub_reachable, load_gguf, quiet_transformers, smollm2_folder
 
 __all__ = [
     "Encoded",
@@ -228,7 +228,7 @@ def load_model(
     elif path.is_dir():
         model, tokenizer = _load(str(path), dtype=kind, local=True, **how)
         name = path.resolve().name
-    elif isinstance(source, str) and re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.gguf)", source):
+    elif isinstance(source, str) and hub_id(source):
         # Without an answer only what is in the Hub's cache can be had, and that without retries.
         local = not hub_reachable(source)
         model, tokenizer = _load(source, dtype=kind, local=local, revision=revision, **how)
@@ -255,6 +255,13 @@ def load_model(
     if model.generation_config.pad_token_id is None:
         model.generation_config.pad_token_id = tokenizer.pad_token_id
     return LanguageModel.wrap(model, tokenizer, name=name)
+
+
+def hub_id(name: str) -> str | None:
+    """The Hub id behind a model's name, if there is one; a folder's or a file's name is none."""
+    if name == "smollm2":
+        return HUB_ID
+    return name if re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.gguf)", name) else None
 
 
 def _device(device: str | torch.device) -> torch.device:

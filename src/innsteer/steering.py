@@ -30,7 +30,7 @@ from innsteer.files import (
 from innsteer.fingerprint import Fingerprint, fingerprint
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
-from innsteer.models import LanguageModel
+from innsteer.models import LanguageModel, hub_id
 from innsteer.site import Site, Span, Where
 from innsteer.steerer import Interventions, Steerer, tensor_bytes
 
@@ -274,7 +274,10 @@ class Steering:
             trim_blocks=True,
             lstrip_blocks=True,
         )
-        return pages.get_template("card.md.j2").render(steering=self, identity=self.identity)
+        # The Hub refuses a card whose base model is no id of its own.
+        base_id = hub_id(self.base.name) if self.base else None
+        card = pages.get_template("card.md.j2")
+        return card.render(steering=self, identity=self.identity, base_id=base_id)
 
     @classmethod
     def load(cls, folder: str | Path) -> "Steering":
