@@ -4,11 +4,13 @@
     python benchmarks/breadth.py --only matrix # the matrix, also into docs/models.md
     python benchmarks/breadth.py --only kills  # kill -9 at random moments
     python benchmarks/breadth.py --only mutations  # damaged and forged artifacts
+    python benchmarks/breadth.py --only plans  # what a fit takes, planned and then measured
 
 The models are random and tiny, one per architecture (tests/tiny.py); the checks are those of
 ``innsteer doctor``, in float32 and in bfloat16. A command that was killed is run again until it
 ends, and the artifact's identity must be that of an undisturbed run. Mutated artifacts, half of
-them with a seal that fits, must be refused, or load to the same outputs.
+them with a seal that fits, must be refused, or load to the same outputs. A plan and the fit that it
+is about run in processes of their own, one after the other, on the embedded model.
 """
 
 import argparse
@@ -31,9 +33,18 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "tests"))
 
 import tiny  # noqa: E402
-from innsteer import Activations, InnsteerError, Steering, get  # noqa: E402
+from innsteer import (  # noqa: E402
+    Activations,
+    Contrast,
+    InnsteerError,
+    Steering,
+    fitting,
+    get,
+    load_model,
+)
 from innsteer.doctor import PROBES, checks  # noqa: E402
 from innsteer.files import sha256_file, write_json  # noqa: E402
+from innsteer.planning import plan  # noqa: E402
 
 RESULTS = HERE / "results" / "breadth.json"
 PAGE = HERE.parent / "docs" / "models.md"
@@ -193,14 +204,78 @@ def mutated(data: bytes, dice: random.Random) -> bytes:
     return data[:at] + odd + data[at + 1 :]
 
 
+PLANS = {
+    "diffmean": ("diffmean", {}),
+    "innsteer, classes": ("innsteer", {}),
+    "innsteer, target": ("innsteer", {"objective": "target"}),
+}
+
+
+def plans() -> dict[str, dict[str, dict[str, float]]]:
+    """Method -> planned and measured -> passes, bytes and seconds of a fit on ``critical``."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for name in PLANS:
+        found[name] = {}
+        for what in ("planned", "measured"):
+            command = [sys.executable, __file__, "--child", what, name]
+            run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            found[name][what] = json.loads(run.stdout)
+            print(name, what, found[name][what], file=sys.stderr, flush=True)
+    return found
+
+
+def planned(name: str) -> dict[str, float]:
+    """What a plan says."""
+    method, fields = PLANS[name]
+    told = plan(load_model("smollm2"), Contrast.load("critical"), method, **fields).to_json()
+    spent = {"bytes": told["peak"], "seconds": told["total_seconds"]}
+    return spent | {key: told[key] for key in ("forward", "backward", "rows")}
+
+
+def measured(name: str) -> dict[str, float]:
+    """What the fit then takes; its bytes are the model's and what the process grows by."""
+    method, fields = PLANS[name]
+    model, contrast = load_model("smollm2"), Contrast.load("critical")
+    size = sum(weight.nbytes for weight in model.model.parameters())
+    passes = dict.fromkeys(("forward", "backward"), 0)
+
+    def count(kind: str) -> None:
+        passes[kind] += 1
+
+    def watch(module: Any, args: Any, out: Any) -> None:
+        if out.logits.requires_grad:
+            out.logits.register_hook(lambda _: count("backward"))
+
+    model.model.base_model.register_forward_pre_hook(lambda *_: count("forward"))
+    model.model.register_forward_hook(watch)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+    before, started = _status("VmRSS"), time.perf_counter()
+    fitted = fitting.fit(model, contrast, method, **fields)
+    seconds = time.perf_counter() - started
+    peak = size + _status("VmHWM") - before
+    spent = {"bytes": peak, "seconds": round(seconds, 3)}
+    return spent | passes | {"rows": fitted.provenance["rows"]}
+
+
+def _status(name: str) -> int:
+    """A figure of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
 def main() -> None:
     """Run what is asked, write the table into the page and the figures beside it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=["matrix", "kills", "mutations"])
+    parser.add_argument("--only", choices=["matrix", "kills", "mutations", "plans"])
+    parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
+    if asked.child:
+        what, name = asked.child
+        print(json.dumps({"planned": planned, "measured": measured}[what](name)))
+        return
     kept: dict[str, Any] = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     figures = {one["figure"]: one for one in kept.get("figures", [])}
 
@@ -229,6 +304,19 @@ def main() -> None:
         count = good + verdicts["other"] + verdicts["crash"]
         note("mutations: refused or the same", good, count)
         note("mutations: within 2 seconds", count - verdicts["slow"], count)
+    if asked.only in (None, "plans"):
+        kept["plans"] = plans()
+        for name, both in kept["plans"].items():
+            one, other = both["planned"], both["measured"]
+            same = sum(one[key] == other[key] for key in ("forward", "backward", "rows"))
+            note(f"plan of {name}: passes and rows as they were", same, 3)
+            for key, least, most in (("bytes", 0.7, 1.3), ("seconds", 0.5, 2.0)):
+                ratio, title = one[key] / other[key], f"plan of {name}: planned {key} over measured"
+                bounds = dict.fromkeys(("value", "low", "high"), ratio)
+                for sign, bound in ((">=", least), ("<=", most)):
+                    figure = {"figure": f"{title}, {sign} {bound}", **bounds, "n": 1}
+                    figures[figure["figure"]] = figure | {"asked": f"{sign} {bound}", "unit": "1"}
+                print(json.dumps(figure))
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     kept |= {
         "command": "python benchmarks/breadth.py",

@@ -167,6 +167,23 @@ def test_behaviours_are_fitted_added_tuned_and_mixed(run, home):
     assert "`owns`: " in card and 'steering.on(model, {"owns": 1.0})' in card
 
 
+def test_a_plan_says_what_the_proposed_fit_takes(run, home):
+    words = ["mine.jsonl", "-m", "model", "--method", "diffmean", "--layers", "1"]
+    code, out, err = run("plan", *words, "--no-measure")
+    assert code == 0 and " forward, 0 backward" in out and "seconds    ?" in out, err
+    fitting_words = following(out)
+    fitting_words[fitting_words.index("my-steering")] = "planned"
+    facts = json.loads(run("plan", *words, "--json")[1])
+    assert facts["total_seconds"] > 0 and facts["peak"] == sum(facts["memory"].values())
+    code, out, err = run(*fitting_words)
+    assert code == 0, err
+    fitted = Steering.load(home / "planned")
+    assert fitted.provenance["rows"] == facts["rows"] and fitted.steerer.name == "diffmean"
+    found = run("plan", "mine.jsonl", "-m", "model", "--layers", "1,2")
+    refused(found, 2, "a plan of 2 layers that are compared", "--together")
+    refused(run("plan", "mine.jsonl", "--method", "auto"), 2, "unknown method 'auto'")
+
+
 def test_of_several_layers_fit_keeps_one_and_says_which(run, home):
     code, out, err = run(
         "fit", "mine.jsonl", "-o", "layers", "-m", "model", "--method", "diffmean",

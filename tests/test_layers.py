@@ -12,8 +12,8 @@ HOUSE = Path(__file__).resolve().parents[1] / "src" / "innsteer"
 ROOMS = """
     errors files site groups formats contrast audit activations fingerprint layout smollm2 models
     flows shelf steerer readouts interventions gating shears training batches hooks steerers
-    calibration steering backends metrics suites fitting tuning choosing exchange hub interference
-    figures pages report evaluation demo doctor cli
+    calibration steering backends metrics suites fitting planning tuning choosing exchange hub
+    interference figures pages report evaluation demo doctor completing cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 

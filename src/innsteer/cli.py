@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from innsteer import shelf
+from innsteer import completing, shelf
 from innsteer.errors import DataError, InnsteerError, InputError, MismatchError, UnknownName
 from innsteer.files import require_absent
 
@@ -41,19 +41,28 @@ MODEL = Annotated[
         "--model",
         "-m",
         help="Hub id, folder, GGUF file or smollm2; then e.g. ,dtype=bfloat16,device=cuda.",
+        autocompletion=completing.models,
     ),
 ]
 LOADING = ("dtype", "device", "device_map", "revision")
 DATA = Annotated[
     str,
-    typer.Argument(help="A built-in behaviour, a file, or a Hub dataset; then e.g. ,label=toxic."),
+    typer.Argument(
+        help="A built-in behaviour, a file, or a Hub dataset; then e.g. ,label=toxic.",
+        autocompletion=completing.data,
+    ),
 ]
 DATAS = Annotated[
     list[str],
-    typer.Argument(help="Built-in behaviours, files or Hub datasets: one behaviour each."),
+    typer.Argument(
+        help="Built-in behaviours, files or Hub datasets: one behaviour each.",
+        autocompletion=completing.data,
+    ),
 ]
 FOLDER = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
-STEERING = Annotated[Path, typer.Argument(help="A steering's folder.")]
+STEERING = Annotated[
+    Path, typer.Argument(help="A steering's folder.", autocompletion=completing.steerings)
+]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 SEED = Annotated[int, typer.Option(help="Seed of every random choice.")]
 STRENGTH = Annotated[
@@ -67,6 +76,15 @@ STRENGTH = Annotated[
 LAYERS = Annotated[
     str, typer.Option(help="Blocks, from 0: 19, 15,19,23 or 19.mlp; default: by method.")
 ]
+FIELD = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        help="A field of the method: --set hidden=64.",
+        autocompletion=completing.fields,
+    ),
+]
+TOGETHER = Annotated[bool, typer.Option("--together", help="Fit all layers as one steering.")]
 READ = Annotated[
     str, typer.Option(help="Answer tokens that become rows: last, mean, all, span:START:STOP.")
 ]
@@ -111,7 +129,11 @@ def fit(
     data: DATAS,
     folder: FOLDER,
     method: Annotated[
-        str, typer.Option(help="See: innsteer methods; auto: the simplest that is as good.")
+        str,
+        typer.Option(
+            help="See: innsteer methods; auto: the simplest that is as good.",
+            autocompletion=completing.methods_or_auto,
+        ),
     ] = "innsteer",
     model: MODEL = "smollm2",
     layers: LAYERS = "",
@@ -119,15 +141,11 @@ def fit(
     where: Annotated[
         str, typer.Option(help="generated, prompt, assistant, all or range:START:STOP.")
     ] = "generated",
-    field: Annotated[
-        list[str] | None, typer.Option("--set", help="A field of the method: --set hidden=64.")
-    ] = None,
+    field: FIELD = None,
     rows: Annotated[
         Path | None, typer.Option(help="Fit on this recording instead of recording.")
     ] = None,
-    together: Annotated[
-        bool, typer.Option("--together", help="Fit all layers as one steering.")
-    ] = False,
+    together: TOGETHER = False,
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
@@ -209,6 +227,66 @@ def fit(
         if caution := steering.provenance.get("caution"):
             _warn(caution)
     _done(as_json, _facts(steering, folder), text, _command("tune", folder, data[0], *_of(model)))
+
+
+@app.command()
+def plan(
+    data: DATAS,
+    method: Annotated[
+        str, typer.Option(help="See: innsteer methods.", autocompletion=completing.methods)
+    ] = "innsteer",
+    model: MODEL = "smollm2",
+    layers: LAYERS = "",
+    read: READ = "",
+    field: FIELD = None,
+    together: TOGETHER = False,
+    measure: Annotated[
+        bool, typer.Option("--measure/--no-measure", help="Run and time a few passes.")
+    ] = True,
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Say what a fit with these options takes at most: passes, memory, disk and time."""
+    if method not in shelf.names():
+        raise UnknownName("method", method, shelf.names())
+    fields = _fields(method, field or [])
+    from innsteer import planning
+    from innsteer.steerer import get
+
+    steerer: Any = get(method, **_typed(type(get(method)), fields))
+    sites, rule = _sites(layers), _read(read)
+    if len(sites) > 1 and not together:
+        raise InputError(
+            f"a plan of {len(sites)} layers that are compared",
+            expected="one layer, or all of them as one steering with --together",
+            remedy="plan one: a comparison fits and tunes each in turn",
+        )
+    with Bars(as_json) as progress:
+        contrasts = [_contrast(one) for one in data]
+        found = planning.plan(
+            _load(model), contrasts, steerer, sites=sites, **rule, seed=seed, measure=measure,
+            progress=progress,
+        )  # fmt: skip
+    facts = found.to_json()
+    if not as_json:
+        table = Table(show_header=False, box=None)
+        passes = f"{found.forward} forward, {found.backward} backward"
+        table.add_row("data", f"{found.items} items, {found.tokens:,} tokens")
+        table.add_row("passes", f"{passes}, a batch each")
+        memory = ", ".join(f"{name} {_size(size)}" for name, size in found.memory.items())
+        table.add_row("memory", f"{_size(facts['peak'])}: {memory}")
+        table.add_row("recording", f"{found.rows} rows, {_size(found.disk)} on disk if kept")
+        spent = ", ".join(f"{name} {value:.3g}" for name, value in found.seconds.items())
+        table.add_row("seconds", f"{facts['total_seconds']:.3g}: {spent}" if spent else "?")
+        out.print(table)
+    words = [f"--set={one}" for one in field or []]
+    words += [f"--{name}={value}" for name, value in (("layers", layers), ("read", read)) if value]
+    words += ["--together"] if together else []
+    following = _command(
+        "fit", *data, "--method", method, *words, *_of(model), "--out", "my-steering"
+    )
+    text = "at most: early stopping and short answers take less; Python and its libraries beside it"
+    _done(as_json, facts, text, following)
 
 
 @app.command()
@@ -432,8 +510,14 @@ CHAT = (
 
 @app.command("eval")
 def evaluate(
-    steering: Annotated[list[Path], typer.Argument(help="Folders of tuned steerings.")],
-    data: Annotated[str, typer.Option("--data", "-d", help="Behaviour or file.")],
+    steering: Annotated[
+        list[Path],
+        typer.Argument(help="Folders of tuned steerings.", autocompletion=completing.steerings),
+    ],
+    data: Annotated[
+        str,
+        typer.Option("--data", "-d", help="Behaviour or file.", autocompletion=completing.data),
+    ],
     folder: FOLDER,
     model: MODEL = "",
     instruction: Annotated[str, typer.Option(help="What the prompt-only arm adds.")] = "",
@@ -684,7 +768,11 @@ def data_check(source: DATA, as_json: JSON = False) -> None:
 @app.command()
 def doctor(
     steering: Annotated[
-        Path | None, typer.Argument(help="Also check a steering's folder against the model.")
+        Path | None,
+        typer.Argument(
+            help="Also check a steering's folder against the model.",
+            autocompletion=completing.steerings,
+        ),
     ] = None,
     model: MODEL = "",
     as_json: JSON = False,
@@ -1068,6 +1156,11 @@ def _dose_table(steering: Any) -> Table:
                 gain,
             )
     return table
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
 
 
 def _escape(text: str) -> str:

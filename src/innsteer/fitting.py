@@ -157,7 +157,7 @@ def through(
         backend.reference(plain, Sampling(12, 1.0), progress=progress),
     ]
     where = sites or (middle_site(backend.model),)
-    return Through(backend, parts, where, references, progress=progress)
+    return backend.through(parts, where, references, progress=progress)
 
 
 def fit_run(

@@ -128,14 +128,27 @@ def read_file(path: Path) -> list[Row]:
         raise DataError(
             f"{path} is cut short or damaged ({error})", expected="gzip", remedy="fetch it again"
         ) from error
-    inner = path.with_suffix("") if path.suffix == ".gz" else path
-    if inner.suffix.lower() not in _READERS:
+    if not is_readable(path):
         raise DataError(
-            f"{path} has the suffix {inner.suffix!r}",
+            f"{path} has the suffix {_inner(path).suffix!r}",
             expected=", ".join(_READERS) + ", each also with .gz",
             remedy="name it by what it holds",
         )
-    return _READERS[inner.suffix.lower()](data, str(path))
+    return _READERS[_inner(path).suffix.lower()](data, str(path))
+
+
+def is_readable(path: Path) -> bool:
+    """Whether a file's suffix is that of a format that is read.
+
+    >>> is_readable(Path("a.jsonl.gz")), is_readable(Path("a.pkl"))
+    (True, False)
+    """
+    return _inner(path).suffix.lower() in _READERS
+
+
+def _inner(path: Path) -> Path:
+    """A file's name without what says that it is packed."""
+    return path.with_suffix("") if path.suffix == ".gz" else path
 
 
 def read_lines(data: bytes, file: str) -> list[Row]:

@@ -19,6 +19,7 @@ from innsteer.backends.memo import Memo as Memo
 from innsteer.backends.meter import Meter as Meter
 from innsteer.backends.meter import Reference as Reference
 from innsteer.backends.meter import instruct as instruct
+from innsteer.backends.through import Through
 from innsteer.contrast import Contrast, Item
 from innsteer.errors import InputError
 from innsteer.files import canonical
@@ -299,6 +300,19 @@ class HF(Engine):
         """
         return Meter(self, reference, sites, divergence)
 
+    # --- fit -------------------------------------------------------------------------------------
+
+    def through(
+        self,
+        contrasts: Sequence[Contrast],
+        sites: Sequence[Site],
+        unmoved: Sequence[Reference] = (),
+        *,
+        progress: Progress = silent,
+    ) -> Through:
+        """The model as a fit through it sees it; see ``Through``."""
+        return Through(self, contrasts, sites, unmoved, progress=progress)
+
     # --- record ----------------------------------------------------------------------------------
 
     def record(
@@ -368,7 +382,7 @@ class HF(Engine):
                         records.append(_row(contrast, item, side, tokens[-1]))
                 sequences = [encoded.ids for _, _, encoded in part]
                 key = self.key("record", sequences, picks, sorted(map(str, sites)), padding_side)
-                made = partial(self._read, sequences, picks, seen, padding_side)
+                made = partial(self._read, sequences, picks, sites, seen, padding_side)
                 found = (nothing if shards else self.memo).tensors(key, made)
                 values = {site: found[str(site)] for site in sorted(sites)}
                 # Checked here: rows that are not finite must not reach the disk.
@@ -387,17 +401,13 @@ class HF(Engine):
         self,
         sequences: Sequence[Sequence[int]],
         picks: Sequence[tuple[int, Sequence[int]]],
-        seen: Mapping[Site, Tensor],
+        sites: Sequence[Site],
+        seen: dict[Site, Tensor],
         padding_side: str,
     ) -> dict[str, Tensor]:
         """Means ``[picks, d]`` of the tokens picked from some sequences, by site."""
         ids, mask = self._pad(sequences, side=padding_side)
-        try:
-            self.model.model.base_model(
-                ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
-            )
-        except _Stop:
-            pass
+        self._pass(ids, mask, sites, seen)
         before = [ids.shape[1] - len(s) if padding_side == "left" else 0 for s in sequences]
         places = [(row, [before[row] + t for t in tokens]) for row, tokens in picks]
         return {
@@ -407,6 +417,18 @@ class HF(Engine):
 
     def _encode_side(self, item: Item, side: str) -> Encoded:
         return self.model.encode(item.prompt, answer=getattr(item, side))
+
+    def _pass(
+        self, ids: Tensor, mask: Tensor, sites: Sequence[Site], seen: dict[Site, Tensor]
+    ) -> None:
+        """One pass up to the deepest site; ``_capture``'s dictionary then holds the streams."""
+        places = positions_of(mask)
+        try:
+            self.model.model.base_model(
+                ids, attention_mask=mask, position_ids=places, use_cache=False
+            )
+        except _Stop:
+            pass
 
     def _capture(self, stack: ExitStack, sites: Sequence[Site]) -> dict[Site, Tensor]:
         """Hooks that keep the sites' streams and stop the pass at the deepest one."""

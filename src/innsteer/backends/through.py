@@ -484,6 +484,13 @@ class Through:
                 self._hidden[number], self._past[number] = other._hidden[known], other._past[known]
                 self._before[number] = other._before[known]
 
+    def _prefix_parts(self, progress: Progress) -> Iterator[list[int]]:
+        """Sequences of which nothing is kept yet, in passes over what follows the shared prefix."""
+        left = [n for n in range(len(self._sequences)) if n not in self._hidden]
+        lengths = [len(self._sequences[n].ids) - self._shared for n in left]
+        for part in self._backend._batches(lengths, progress, "prefixes"):
+            yield [left[n] for n in part]
+
     def _keep_prefixes(self, progress: Progress) -> None:
         """One pass over everything: hidden states of the steered tokens, and what precedes them."""
         common: DynamicCache | None = None
@@ -495,10 +502,7 @@ class Through:
                 with watch(self._model.layout, self.sites) as shared:
                     self._base_model(ids.to(self._model.device), torch.ones_like(ids), common)
                 self._common = self._upper(common)
-            left = [n for n in range(len(self._sequences)) if n not in self._hidden]
-            lengths = [len(self._sequences[n].ids) - self._shared for n in left]
-            for part in self._backend._batches(lengths, progress, "prefixes"):
-                index = [left[n] for n in part]
+            for index in self._prefix_parts(progress):
                 rows = [self._sequences[i].ids[self._shared :] for i in index]
                 ids, mask = self._backend._pad(rows, side="right")
                 mask = torch.cat([mask.new_ones(len(index), self._shared), mask], 1)
