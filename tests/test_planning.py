@@ -116,7 +116,8 @@ def test_rows_and_disk_are_those_of_the_recording(model, data, read, tmp_path):
     acts = fitting.record_parts(model, data, sites, read=read, folder=tmp_path / "rows")
     assert planned.rows == len(acts)
     shards = [load_file(path) for path in (tmp_path / "rows").glob("*.safetensors")]
-    assert planned.disk == sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    held = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+    assert planned.disk == planned.memory["rows"] == held
 
 
 def test_what_the_model_says_first_decides_about_passes(data):
