@@ -55,8 +55,9 @@ RESULTS = HERE / "results" / "control.json"
 WORK = HERE.parent / "runs" / "control"
 BUDGET = 0.0953
 SITE = Site(15)
-WORDINGS = ["second", "original", "second+5"]
-"""Of the question; +5: the fit also sees five paraphrases, the test stays as it is."""
+WORDINGS = ["second", "original", "second~5", "original~5", "second+5"]
+"""Of the question; the test stays as it is where a fit also sees five paraphrases: ~5 of unrelated
+statements alone, +5 of the behaviour's too."""
 TEMPLATES = {name: suites.questions()[name] for name in ("second", "original")}
 """Of each wording; --wordings brings more."""
 # These behaviours first, then the rest in the order of the alphabet.
@@ -85,6 +86,7 @@ class Cell:
     acts: Activations
     seed: int
     reworded: Through | None = None
+    nuisances: int = 0
 
     @property
     def behaviour(self) -> str:
@@ -124,22 +126,36 @@ def open_cell(
 ) -> Cell:
     behaviour, wording, seed = name.split("/")
     source = persona_file(data, behaviour)
-    asked, _, more = wording.partition("+")
+    asked, mark, more = parsed(wording)
     contrast = persona.contrast(source, wording=TEMPLATES[asked], train=train, seed=int(seed))
     neutral = references(backend)
     parts = ("fit", "validation", "test")
     groups = {part: persona.unmoved(part, TEMPLATES[asked]) for part in parts}
-    if more:
-        contrast = augmented(contrast, TEMPLATES[asked], int(more))
-        groups["fit"] = mixed(groups["fit"], asked, int(more))
+    again = None
+    if mark == "+":
+        contrast = augmented(contrast, TEMPLATES[asked], more)
+        groups["fit"] = mixed(groups["fit"], asked, more)
+    elif mark == "~":
+        again = backend.reference(suites.reworded(groups["fit"], [contrast]), None)
     every = {part: backend.reference(prompts, None) for part, prompts in groups.items()} | neutral
-    run = Through(backend, [contrast], sites, list(every.values()), like=like, progress=say)
+    kept = list(every.values())
+    run = Through(backend, [contrast], sites, kept, reworded=again, like=like, progress=say)
     places, start = {}, 0
     for part, reference in every.items():
         places[part] = list(range(start, start + len(reference.ids)))
         start += len(reference.ids)
     fit = run.among(places["fit"] + places["neutral_fit"])
-    return Cell(name, backend, run, fit, places, fit.rows(), int(seed))
+    nuisances = more if mark == "~" else 0
+    return Cell(name, backend, run, fit, places, fit.rows(), int(seed), nuisances=nuisances)
+
+
+def parsed(wording: str) -> tuple[str, str, int]:
+    """A wording's name, how paraphrases are used (+, ~ or not), and how many."""
+    for mark in "+~":
+        name, found, more = wording.partition(mark)
+        if found:
+            return name, mark, int(more)
+    return wording, "", 0
 
 
 def augmented(contrast: Contrast, wording: str, count: int) -> Contrast:
@@ -358,6 +374,13 @@ def through(name: str, **fields: Any) -> Fit:
     return lambda cell: steerer.get(name, **fields).fit_through(cell.fit, seed=cell.seed)
 
 
+def innsteer(**fields: Any) -> Fit:
+    """INNSteer fitted through the model, blind to wording where paraphrases show it."""
+    return lambda cell: through("innsteer", objective="target", nuisances=cell.nuisances, **fields)(
+        cell
+    )
+
+
 def sharpest(gate: str = "") -> Fit:
     """condgrad with kappa chosen by validation alignment at 1.5, 3 and 6 lifts."""
 
@@ -379,10 +402,11 @@ def sharpest(gate: str = "") -> Fit:
 
 
 def _condgrad(cell: Cell, kappa: float, gate: str) -> Interventions:
+    own = {"kappa": kappa, "nuisances": cell.nuisances}
     if not gate:
-        return steerer.get("condgrad", kappa=kappa).fit(cell.acts)
+        return steerer.get("condgrad", **own).fit(cell.acts)
     fields = {"method": "condgrad", "gate": gate, "statements": "pairs"}
-    return steerer.get("gated", config={"kappa": kappa}, **fields).fit(cell.acts)
+    return steerer.get("gated", config=own, **fields).fit(cell.acts)
 
 
 def regularised() -> Fit:
@@ -474,9 +498,9 @@ def adapters(cell: Cell) -> LoRA:
 
 ARMS: dict[str, Fit] = {
     "random_direction": random_direction,
-    "innsteer": through("innsteer", objective="target"),
-    "innsteer_unpolished": through("innsteer", objective="target", polish=0),
-    "innsteer_row": through("innsteer", objective="target", reads="row"),
+    "innsteer": innsteer(),
+    "innsteer_unpolished": innsteer(polish=0),
+    "innsteer_row": innsteer(reads="row"),
     "condgrad": sharpest(),
     "condgrad_lda": sharpest("lda"),
     "condgrad_logistic": sharpest("logistic"),
@@ -560,7 +584,7 @@ def known(cell: Cell) -> dict[str, Any]:
 def paraphrased(cell: Cell, data: Path, each: int = 40) -> Through:
     """Test items in the held-out paraphrases."""
     behaviour, wording, seed = cell.name.split("/")
-    asked = wording.partition("+")[0]
+    asked = parsed(wording)[0]
     source = persona_file(data, behaviour)
     contrast = persona.contrast(source, wording=TEMPLATES[asked], seed=int(seed))
     test = contrast.part("test").subset(each, 0)
@@ -574,7 +598,7 @@ def paraphrased(cell: Cell, data: Path, each: int = 40) -> Through:
 def measure(cell: Cell, data: Path, arms: Sequence[str], path: Path, said: int) -> None:
     """All arms of a cell, each written when it ends."""
     kept: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
-    template = TEMPLATES[cell.name.split("/")[1].partition("+")[0]]
+    template = TEMPLATES[parsed(cell.name.split("/")[1])[0]]
     if kept.get("cell", {}).get("wording", template) != template:
         raise SystemExit(f"{path} holds another wording of that name; expected {template!r}")
     if "cell" not in kept:

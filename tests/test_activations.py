@@ -213,11 +213,12 @@ def test_rewordings_are_unmoved_rows_less_the_same_in_other_words():
             ("c", "unmoved", ""),
             ("b", "restated", "b"),
             ("d", "restated", "d"),
+            ("b", "restated", "b"),
         )
     ]
     site = Site(0)
-    rows = torch.tensor([[1.0], [2.0], [3.0], [10.0], [20.0]])
+    rows = torch.tensor([[1.0], [2.0], [3.0], [10.0], [20.0], [30.0]])
     acts = Activations({site: rows}, Rows.of(records), ("x",), context={site: 2 * rows})
-    assert acts.rewordings(site).tolist() == [[-8.0]]
-    assert acts.prompts.rewordings(site).tolist() == [[-16.0]]
+    assert acts.rewordings(site).tolist() == [[-8.0], [-28.0]]
+    assert acts.prompts.rewordings(site).tolist() == [[-16.0], [-56.0]]
     assert acts.where(side="unmoved").rewordings(site).shape == (0, 1)

@@ -303,6 +303,21 @@ def test_statements_to_leave_alone_are_known_in_other_words_too(model, asked):
     torch.testing.assert_close(bare[0], want, rtol=0, atol=2e-5)
 
 
+def test_a_fit_that_is_blind_to_wording_sees_statements_in_five_others(model, asked):
+    run = fitting.through(model, asked, [Site(1)], reworded=True)
+    acts, bare = run.rows(), suites.in_format(asked, "fit")
+    assert acts.rewordings(Site(1)).shape == (40 + len(bare), tiny.WIDTH)
+    # They are recorded, and not held still.
+    assert run.unmoved == fitting.through(model, asked, [Site(1)]).unmoved
+    aim = {"objective": "target", "polish": 0}
+    blind = fitting.fit(model, asked, sites=[Site(1)], nuisances=6, **aim).interventions[Site(1)]
+    moves = acts.prompts.rewordings(Site(1)) / blind.reader.std
+    every = moves.mean(0) @ blind.step.read[0, 0]
+    plain = fitting.fit(model, asked, sites=[Site(1)], **aim).interventions[Site(1)]
+    other = (acts.prompts.rewordings(Site(1)) / plain.reader.std).mean(0) @ plain.step.read[0, 0]
+    assert every.abs() < 0.2 * other.abs()
+
+
 def test_unmoved_prompts_gate_an_open_behaviour_and_are_refused_where_nothing_is_run(model):
     prompts = [Prompt(f"u{n}", f"How many are {n} and {n}?") for n in range(12)]
     aim = {"objective": "target", "polish": 0}

@@ -8,7 +8,7 @@ import torch
 
 from innsteer.activations import Activations, Rows
 from innsteer.errors import InputError
-from innsteer.readouts import GRID, Aims, aims, mean_lift, probe
+from innsteer.readouts import GRID, Aims, aims, mean_lift, nuisances, probe
 from innsteer.site import Site
 
 SITE = Site(0)
@@ -223,6 +223,32 @@ def test_a_dimension_that_does_not_vary_is_survived():
     weight, bias = probe(part)
     assert torch.isfinite(weight).all() and np.isfinite(bias)
     assert ((part.rows @ weight + bias) * part.keys > 0).double().mean() > 0.95
+
+
+def test_a_probe_is_blind_to_directions_and_reads_the_rest():
+    """Rows whose key stands twice; without the louder place the other is read."""
+    part = keyed(80)
+    part.rows[:, 2] += 0.3 * part.keys
+    blind = torch.tensor([[0.0, 7.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0]])
+    weight, bias = probe(part, keyed(40, seed=1), grid=(0.01,), blind=blind)
+    assert (blind.double() @ weight).abs().max() < 1e-9 * weight.abs().max()
+    right = ((part.rows @ weight + bias) * part.keys > 0).double().mean()
+    assert right > 0.95
+    plain, empty = (probe(part, grid=(0.01,), blind=b)[0] for b in (None, blind[:0]))
+    assert torch.equal(plain, empty)
+
+
+def test_nuisances_are_what_other_words_change_most():
+    rows = draw(60, 4) * torch.tensor([1.0, 50.0, 0.1, 1.0])
+    # Every rewording shifts the third dimension alike, some the first; per spread, not in size.
+    moves = torch.zeros(20, 4)
+    moves[:, 2], moves[::2, 0] = 0.5, 1.0
+    first, second = nuisances(moves, rows.double(), 2)
+    assert first[2].abs() / 0.1 > 5 * (first / rows.std(0))[[0, 1, 3]].abs().max() * 1.0
+    assert (second / rows.std(0)).abs().argmax() == 0
+    assert nuisances(moves, rows.double(), 0).shape == (0, 4)
+    with pytest.raises(InputError, match="nuisances=3 without prompts in other words"):
+        nuisances(moves[:0], rows.double(), 3)
 
 
 def test_the_probe_follows_from_its_seed_and_leaves_the_global_dice_alone():

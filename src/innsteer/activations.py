@@ -308,15 +308,17 @@ class Activations:
     def rewordings(self, site: Site) -> Tensor:
         """What other words change ``[n, d]``: unmoved rows less the same ones ``restated``.
 
-        An unmoved statement may stand there in several wordings.
+        Of either there may be several wordings.
         """
         table, values = self.rows, self.values[site]
         here, other = (
             np.flatnonzero((table.side == side) & (table.pair != ""))
             for side in ("unmoved", "restated")
         )
-        again = {str(table.pair[n]): int(n) for n in other}
-        both = [(int(n), again[pair]) for n in here if (pair := str(table.pair[n])) in again]
+        again: dict[str, list[int]] = {}
+        for m in other:
+            again.setdefault(str(table.pair[m]), []).append(int(m))
+        both = [(int(n), m) for n in here for m in again.get(str(table.pair[n]), ())]
         return values[[n for n, _ in both]] - values[[n for _, n in both]]
 
     # --- on disk ---------------------------------------------------------------------------------

@@ -115,7 +115,8 @@ def fit(
                 f"a read rule for {steerer.name!r}, which is fitted through the model",
                 expected="none: its rows are those of the steered tokens",
             )
-        run = through(model, contrast, sites, unmoved=unmoved, progress=progress)
+        again = rewords(steerer)
+        run = through(model, contrast, sites, unmoved=unmoved, reworded=again, progress=progress)
         return fit_run(
             model, steerer, run, contrast, folder=folder, where=where, seed=seed, progress=progress
         )
@@ -136,6 +137,7 @@ def through(
     sites: Sequence[Site] = (),
     *,
     unmoved: Sequence[Prompt] | None = None,
+    reworded: bool = False,
     progress: Progress = silent,
 ) -> Through:
     """The model as a fit through it sees it: training and validation items, and what must not move.
@@ -146,6 +148,8 @@ def through(
             the package's unrelated statements in the contrast's own wording (their fitting part,
             of which neither tuning nor evaluation sees a kind), for others none. Beside them stand
             some of these statements as plain prompts, with the model's own answers.
+        reworded: record the statements among them in the package's five paraphrases too, in turn:
+            what wording does to a row, which ``nuisances`` of a method leave out.
     """
     backend = HF.of(model)
     contrasts = each(contrast)
@@ -156,8 +160,20 @@ def through(
         *([backend.reference(bare, None)] if bare else []),
         backend.reference(plain, Sampling(12, 1.0), progress=progress),
     ]
+    again = suites.reworded(bare, contrasts) if reworded else ()
     where = sites or (middle_site(backend.model),)
-    return backend.through(parts, where, references, progress=progress)
+    return backend.through(
+        parts,
+        where,
+        references,
+        reworded=backend.reference(again, None) if again else None,
+        progress=progress,
+    )
+
+
+def rewords(steerer: Steerer) -> bool:
+    """Whether a method wants to see unmoved prompts in other words."""
+    return bool(getattr(steerer, "nuisances", 0))
 
 
 def fit_run(
@@ -229,7 +245,8 @@ def extend(
     grown = steering.interventions
     # One by one: each is dialled by its own items alone.
     for one in contrasts:
-        run = through(backend, one, sites, unmoved=unmoved, progress=progress)
+        again = rewords(steering.steerer)
+        run = through(backend, one, sites, unmoved=unmoved, reworded=again, progress=progress)
         progress("fit", 0, 1)
         started = time.perf_counter()
         grown = steering.steerer.extend_through(grown, run, seed=seed)

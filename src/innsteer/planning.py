@@ -26,7 +26,7 @@ from innsteer.backends.meter import Reference
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError
-from innsteer.fitting import Contrasts, each, record_parts, through
+from innsteer.fitting import Contrasts, each, record_parts, rewords, through
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span
 from innsteer.steerer import Answers, Interventions, Steerer, get
@@ -98,7 +98,7 @@ def plan(
         if read is not None or span != (0, None):
             raise InputError(f"a read rule for {steerer.name!r}", expected="none")
         started = time.perf_counter()
-        run = through(backend, contrasts, sites, progress=progress)
+        run = through(backend, contrasts, sites, reworded=rewords(steerer), progress=progress)
         assert isinstance(run, Rehearsed)
         drawn = time.perf_counter() - started
         progress("rehearse", 0, 1)
@@ -201,11 +201,12 @@ class Rehearsal(HF):
         sites: Sequence[Site],
         unmoved: Sequence[Reference] = (),
         *,
+        reworded: Reference | None = None,
         progress: Progress = silent,
     ) -> "Rehearsed":
         """A run whose passes are counted."""
         self.given = contrasts, sites, unmoved
-        return Rehearsed(self, contrasts, sites, unmoved, progress=progress)
+        return Rehearsed(self, contrasts, sites, unmoved, reworded=reworded, progress=progress)
 
     def seconds(self, progress: Progress) -> float:
         """How long all recording passes take, by three of them: short, middling and long ones."""

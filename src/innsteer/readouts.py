@@ -91,12 +91,16 @@ def probe(
     held: Aims | None = None,
     *,
     grid: Sequence[float] = GRID,
+    blind: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, float]:
     """Weight ``[d]`` and bias of an L2 logistic regression of the key, in units of the rows.
 
     Rows are standardised per dimension; the penalty is chosen by the held-out log-loss (five folds
     of the training rows where nothing is held out).
+
+    Args:
+        blind: directions ``[m, d]`` that the probe must not see: its weight is orthogonal to them.
 
     Raises:
         InputError: rows of one key only.
@@ -110,10 +114,19 @@ def probe(
     rows, share = part.rows, part.weight / part.weight.sum()
     mean = share @ rows
     spread = (share @ (rows - mean).square()).sqrt().clamp_min(1e-6)
-    x, y, weight = ((rows - mean) / spread).numpy(), part.keys.numpy(), part.weight.numpy()
+    basis = rows.new_zeros(len(mean), 0)
+    if blind is not None and len(blind):
+        basis = torch.linalg.qr((blind.double() / spread).mT).Q
+
+    def seen(rows: Tensor) -> np.ndarray:
+        z = (rows - mean) / spread
+        found: np.ndarray = (z - z @ basis @ basis.mT).numpy()
+        return found
+
+    x, y, weight = seen(rows), part.keys.numpy(), part.weight.numpy()
     kept = None
     if held is not None and len(held.rows):
-        kept = ((held.rows - mean) / spread).numpy(), held.keys.numpy()
+        kept = seen(held.rows), held.keys.numpy()
     best, loss = grid[0], np.inf
     for penalty in grid if len(grid) > 1 else ():
         found = _held_loss(x, y, weight, penalty, kept, seed)
@@ -131,14 +144,43 @@ def decision(
     *,
     kappa: float,
     grid: Sequence[float] = GRID,
+    blind: Tensor | None = None,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """The probe's weight ``[d]`` and bias, scaled to a spread of kappa over the training rows."""
-    weight, bias = probe(part, held, grid=grid, seed=seed)
+    weight, bias = probe(part, held, grid=grid, blind=blind, seed=seed)
     share = part.weight / part.weight.sum()
     reads = part.rows @ weight + bias
     sigma = (share @ (reads - share @ reads).square()).sqrt().clamp_min(1e-30)
     return kappa * weight / sigma, kappa * bias / sigma
+
+
+def nuisances(moves: Tensor, rows: Tensor, count: int) -> Tensor:
+    """The main directions ``[count, d]`` of what other words change, in units of the rows.
+
+    Args:
+        moves: differences ``[m, d]`` of rows that say the same. They are taken per standard
+            deviation of ``rows`` ``[n, d]``, and about 0: what all share is the first to count.
+
+    Raises:
+        InputError: directions are asked for, and there are no differences.
+
+    Reference:
+        Nuisance attribute projection: Solomonoff, Campbell and Boardman, Advances in channel
+        compensation for SVM speaker recognition (2005),
+        https://doi.org/10.1109/ICASSP.2005.1415189
+    """
+    if not count:
+        return rows.new_zeros(0, rows.shape[1])
+    if not len(moves):
+        raise InputError(
+            f"nuisances={count} without prompts in other words",
+            expected="Yes/No questions, whose unmoved statements can be asked otherwise",
+            remedy="nuisances=0",
+        )
+    spread = rows.std(0).clamp_min(1e-6)
+    found: Tensor = torch.linalg.svd(moves.double() / spread, full_matrices=False).Vh[:count]
+    return found * spread
 
 
 def _held_loss(

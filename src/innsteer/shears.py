@@ -14,7 +14,7 @@ from innsteer.errors import InputError
 from innsteer.flows import Chain, Flow, Householder, Shear, Standardise
 from innsteer.gating import fit_gate
 from innsteer.interventions import Latent
-from innsteer.readouts import Aims, aims, decision, mean_lift
+from innsteer.readouts import Aims, aims, decision, mean_lift, nuisances
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions
 
@@ -34,6 +34,7 @@ class ShearFit:
     kappa: float
     gate: bool
     apart: bool
+    nuisances: int
     reads: Reads | None
     shrinkage: float
     quantile: float
@@ -130,12 +131,13 @@ class ShearFit:
 
         own, held = (aims(seen, site, behaviour, name) for name in ("train", "validation"))
         own, held = (one._replace(rows=inner(one.rows)) for one in (own, held))
-        self._read(step, row, own, held, seed)
+        reworded = seen.rewordings(site).double()
+        reworded = inner(reworded) - inner(torch.zeros_like(reworded))
+        self._read(step, row, own, held, reworded, seed)
         still = seen.where(split="train").unmoved(site, behaviour).double()
         if self.apart:
             others = [name for name in acts.behaviours if name != behaviour]
             still = torch.cat([still, *(aims(seen, site, name).rows for name in others)])
-        reworded = seen.rewordings(site).double()
         # The row of an open item is a mean of answer tokens: no gate tells it from a prompt's end.
         gated = self.gate and (own.choice or part.contextual)
         if gated and len(still) == 1:
@@ -157,10 +159,12 @@ class ShearFit:
             room=self.room,
             slope=self.slope,
             weights=own.weight,
-            rewordings=inner(reworded) - inner(torch.zeros_like(reworded)),
+            rewordings=reworded,
         )
 
-    def _read(self, step: Shear, row: int, own: Aims, held: Aims, seed: int) -> None:
+    def _read(
+        self, step: Shear, row: int, own: Aims, held: Aims, reworded: Tensor, seed: int
+    ) -> None:
         """Set a behaviour's readouts: the first decides the key, the others start at nothing."""
         draw = torch.Generator().manual_seed(seed + row)
         edge = 1 / math.sqrt(step.read.shape[-1])
@@ -168,7 +172,8 @@ class ShearFit:
         if not own.choice:
             step.read_bias[row, 0] = OPEN
             return
-        weight, bias = decision(own, held, kappa=self.kappa, seed=seed)
+        blind = nuisances(reworded, own.rows, self.nuisances)
+        weight, bias = decision(own, held, kappa=self.kappa, blind=blind, seed=seed)
         step.read[row, 0], step.read_bias[row, 0] = weight, bias
 
 

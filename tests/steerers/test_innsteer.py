@@ -1056,24 +1056,45 @@ def test_a_shear_that_reads_the_prompt_keeps_the_laws_of_strength(tmp_path):
 
 def test_the_gate_looks_away_from_what_other_words_change():
     acts = prompted()
-    site, still = Site(3), acts.where(side="unmoved")
     turn = torch.zeros(WIDE)
     turn[4] = 3.0
-    noise = torch.randn(len(still), 1, generator=draws(5))
+    weights = []
+    for given in (acts, reworded(acts, turn)):
+        part = INNSteer(**AIM).fit(given)[acts.site]
+        weights.append(float((part.step.gate[0] / part.reader.std)[4].abs()))
+    assert weights[1] < 0.5 * weights[0]
+
+
+def reworded(acts, turn):
+    """Unmoved rows that stand there in other words too, which move them by multiples of a turn."""
+    site, still = acts.site, acts.where(side="unmoved")
+    more = 1 + 0.1 * torch.randn(len(still), 1, generator=draws(5))
     values, context = (
-        torch.cat([part[site], still_part[site] + noise * turn])
+        torch.cat([part[site], still_part[site] + more * turn])
         for part, still_part in ((acts.values, still.values), (acts.context, still.context))
     )
     table = acts.rows.records()
     for n, row in enumerate(table):
         row["pair"] = row["pair"] or f"still-{n}"
     table += [row | {"side": "restated"} for row in table if row["side"] == "unmoved"]
-    told = replace(acts, values={site: values}, context={site: context}, rows=Rows.of(table))
-    weights = []
-    for given in (acts, told):
-        part = INNSteer(**AIM).fit(given)[site]
-        weights.append(float((part.step.gate[0] / part.reader.std)[4].abs()))
-    assert weights[1] < 0.5 * weights[0]
+    return replace(acts, values={site: values}, context={site: context}, rows=Rows.of(table))
+
+
+def test_readouts_decide_alike_in_other_words():
+    """Another wording shifts every prompt one way; blind to it, the same answers come."""
+    acts = prompted()
+    weight = INNSteer(**AIM).fit(acts)[acts.site].step.read[0, 0]
+    reader = INNSteer(**AIM).fit(acts)[acts.site].reader
+    # A turn along what is read: as bad as a wording can be, beside a part that means nothing.
+    turn = 3 * reader.std * (weight / weight.norm() + torch.eye(WIDE)[5])
+    told, shifts = reworded(acts, turn), []
+    for count in (0, 1):
+        part = INNSteer(**AIM, nuisances=count).fit(told)[acts.site]
+        z = (turn / part.reader.std) @ part.step.read[0, 0]
+        shifts.append(float(z.abs()))
+    assert shifts[1] < 0.05 * shifts[0]
+    with pytest.raises(InputError, match="nuisances=2 without prompts in other words"):
+        INNSteer(**AIM, nuisances=2).fit(acts)
 
 
 def test_a_shear_that_reads_the_prompt_takes_another_behaviour():

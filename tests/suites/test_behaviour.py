@@ -40,6 +40,20 @@ def test_neutral_parts_hold_different_kinds():
     assert len({kind for _, kind in kinds}) == len(kinds)
 
 
+def test_statements_are_asked_in_the_five_paraphrases_in_turn():
+    own = [{"prompt": f"Do you like {w}?", "source": "No", "target": "Yes"} for w in ("a", "bc")]
+    contrast = Contrast.load([*own, {"prompt": "Do you like d?", "source": "Yes", "target": "No"}])
+    bare = suites.in_format(contrast, "fit")
+    again = suites.reworded(bare, [contrast])
+    templates = suites.questions()["augmentation"]
+    assert [one.item for one in again] == [one.item for one in bare]
+    for n, (one, other) in enumerate(zip(bare, again, strict=True)):
+        text = suites.stated(one.conversation, "Do you like {statement}?")
+        assert other.conversation == suites.fill(templates[n % 5], text)
+    with pytest.raises(InputError, match="'Hello', to be asked in other words"):
+        suites.reworded([suites.Prompt("x", "Hello")], [contrast])
+
+
 def test_an_unknown_part_is_refused():
     with pytest.raises(InputError, match="expected fit, validation or test"):
         suites.neutral("train")

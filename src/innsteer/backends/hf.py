@@ -308,10 +308,11 @@ class HF(Engine):
         sites: Sequence[Site],
         unmoved: Sequence[Reference] = (),
         *,
+        reworded: Reference | None = None,
         progress: Progress = silent,
     ) -> Through:
         """The model as a fit through it sees it; see ``Through``."""
-        return Through(self, contrasts, sites, unmoved, progress=progress)
+        return Through(self, contrasts, sites, unmoved, reworded=reworded, progress=progress)
 
     # --- record ----------------------------------------------------------------------------------
 

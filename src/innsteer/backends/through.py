@@ -60,6 +60,8 @@ class Through:
         unmoved: what an edit shall not move: bare prompts (their first response token counts), or
             prompts with the unsteered model's continuations (every token of these counts). One of
             these that has a bare prompt's ``item`` is taken for the same in other words.
+        reworded: bare unmoved prompts in other words, by the same ``item``. They show what wording
+            does to a row; training does not hold them still.
         like: another run of the same model and sites: what it kept of sequences that are here too
             is not computed again.
 
@@ -74,6 +76,7 @@ class Through:
         sites: Sequence[Site],
         unmoved: Sequence[Reference] = (),
         *,
+        reworded: Reference | None = None,
         like: "Through | None" = None,
         progress: Progress = silent,
     ) -> None:
@@ -118,6 +121,14 @@ class Through:
                 kind = self._prompts_alone if len(ids) == length else self._continued
                 number = self._number(ids if len(ids) == length else ids[:-1], length)
                 kind.setdefault(number, prompt.item)
+        self._reworded = {
+            self._number(ids, length): prompt.item
+            for prompt, ids, length in (
+                zip(reworded.prompts, reworded.ids, reworded.lengths, strict=True)
+                if reworded
+                else ()
+            )
+        }
         self._provenance = {
             "fingerprint": asdict(self._model.fingerprint),
             "contrast": contrasts[0].hash if len(contrasts) == 1 else None,
@@ -385,9 +396,10 @@ class Through:
         return [number for number in self.unmoved if number in self._prompts_alone]
 
     def _restated(self) -> list[int]:
-        """The unmoved sequences with a continuation whose prompt says what a bare one says."""
+        """The sequences that say in other words what an unmoved bare prompt says."""
         known = {self._prompts_alone[number] for number in self._bare()}
-        return [number for number in self.unmoved if self._continued.get(number) in known]
+        found = [number for number in self.unmoved if self._continued.get(number) in known]
+        return found + [number for number, item in self._reworded.items() if item in known]
 
     def _table(self) -> list[dict[str, Any]]:
         """The table of ``rows()``: sources, targets, then unmoved rows of every behaviour's."""
@@ -407,7 +419,7 @@ class Through:
         ]
         for side, numbers, names in (
             ("unmoved", self._bare(), self._prompts_alone),
-            ("restated", self._restated(), self._continued),
+            ("restated", self._restated(), self._continued | self._reworded),
         ):
             records += [
                 {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from innsteer.activations import Activations
 from innsteer.errors import InputError
-from innsteer.readouts import GRID, aims, decision, mean_lift
+from innsteer.readouts import GRID, aims, decision, mean_lift, nuisances
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions, Steerer
 
@@ -55,6 +55,7 @@ class CondGrad(Steerer):
     Attributes:
         kappa: how sharply the probe decides, unitless, above 0.
         grid: inverse L2 penalties, chosen among on validation rows.
+        nuisances: directions of wording that the probe does not see; as INNSteer's.
 
     Raises:
         InputError: no pairs, more than two kinds of answers, or items of one answer only.
@@ -82,12 +83,15 @@ class CondGrad(Steerer):
 
     kappa: float = 2.0
     grid: tuple[float, ...] = GRID
+    nuisances: int = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.kappa < math.inf:
             raise InputError(f"kappa={self.kappa}", expected="a positive number")
         if not self.grid or not all(0 < value < math.inf for value in self.grid):
             raise InputError(f"grid={self.grid}", expected="positive inverse penalties")
+        if not 0 <= self.nuisances <= 1024:
+            raise InputError(f"nuisances={self.nuisances}", expected="0 to 1024")
 
     def build(
         self, widths: Mapping[Site, int], k: int = 1, sizes: Mapping[str, int] = {}
@@ -109,7 +113,8 @@ class CondGrad(Steerer):
                     part.bias[row] = 20.0  # tanh of it is 1 in float32
                     continue
                 held = aims(acts, site, behaviour, "validation")
+                blind = nuisances(acts.rewordings(site), own.rows, self.nuisances)
                 part.probe[row], part.bias[row] = decision(
-                    own, held, kappa=self.kappa, grid=self.grid, seed=seed
+                    own, held, kappa=self.kappa, grid=self.grid, blind=blind, seed=seed
                 )
         return fitted.requires_grad_(False)

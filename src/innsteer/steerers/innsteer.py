@@ -134,6 +134,9 @@ class INNSteer(Steerer):
             open items only where it reads the prompt.
         apart: the items of the behaviours that are fitted together count as unmoved for each other,
             so that a behaviour's gate opens on its own items alone.
+        nuisances: directions of wording that a shear's readouts do not see, from unmoved prompts in
+            other words (``fit`` asks them in five paraphrases where this is not 0). Another wording
+            shifts what is read by more than the answer does; without these it decides the same.
         reads: what a shear's readouts and gate see: the ``row``'s other coordinates, or the
             ``prompt``: the mean of the rows before the steered tokens (``site.before``), the same
             for every token of an answer. The prompt says more, and says it alike in other wordings;
@@ -197,6 +200,7 @@ class INNSteer(Steerer):
     kappa: float = 2.0
     gate: bool = True
     apart: bool = False
+    nuisances: int = 0
     reads: Reads | None = None
     shrinkage: float = 0.5
     quantile: float = 0.02
@@ -214,6 +218,7 @@ class INNSteer(Steerer):
             1: ("hidden", "depth", "epochs", "batch", "units", "polish_batch"),
             0: ("couplings", "subspace", "patience", "likelihood", "separation", "log_det")
             + ("transport", "direction", "margin", "weight_decay", "warmup", "write", "polish")
+            + ("nuisances",)
             + ("polish_unmoved",),
         }
         for name, kind in {"objective": Objective, "family": Family, "reads": Reads}.items():
@@ -233,6 +238,7 @@ class INNSteer(Steerer):
                     raise InputError(f"{name}={getattr(self, name)}", expected=f">= {least}")
         # An artifact names these too: a hostile one must not make us build a giant.
         largest = {"couplings": 64, "depth": 16, "hidden": 65_536, "units": 1024, "write": 1024}
+        largest |= {"nuisances": 1024}
         for name, most in largest.items():
             if self._of(name) > most:
                 raise InputError(f"{name}={getattr(self, name)}", expected=f"<= {most}")

@@ -150,6 +150,29 @@ def in_format_of(contrasts: Sequence[Contrast], part: str) -> tuple[Prompt, ...]
     return tuple({canonical(prompt.conversation): prompt for prompt in asked}.values())
 
 
+def reworded(prompts: Sequence[Prompt], contrasts: Sequence[Contrast]) -> tuple[Prompt, ...]:
+    """Statements asked in a contrast's wording, asked in the five ``augmentation`` ones in turn.
+
+    Raises:
+        InputError: a prompt in none of the contrasts' wordings.
+    """
+    templates = questions()["augmentation"]
+    known = {wording(contrast) for contrast in contrasts}
+    found = []
+    for n, prompt in enumerate(prompts):
+        texts = (stated(asked(prompt.conversation), template) for template in sorted(known))
+        text = next((text for text in texts if text is not None), None)
+        if text is None:
+            raise InputError(
+                f"the prompt {asked(prompt.conversation)!r}, to be asked in other words",
+                expected="a statement in the wording of the contrast's questions",
+                remedy="fit with nuisances=0",
+            )
+        again = reask(prompt.conversation, fill(templates[n % len(templates)], text))
+        found.append(replace(prompt, conversation=again))
+    return tuple(found)
+
+
 def unmoved(part: str, template: str) -> tuple[Prompt, ...]:
     """Harmless statements that no persona behaviour concerns, in a wording.
 
