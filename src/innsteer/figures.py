@@ -95,6 +95,7 @@ MEASURES = {
     "sentiment": ("sentiment", "from most negative, -1, to most positive, 1"),
     "formality": ("formality", "how formal whole answers read"),
     "asking": ("share of answers that ask", "answers that ask the reader something back"),
+    "hedging": ("share of hedged sentences", "sentences that express uncertainty"),
     "alignment": ("alignment", "probability of the matching answer, among the two offered"),
     "said_alignment": ("said alignment", "sampled answers that say the one steered for"),
     "answer_mass": ("answer mass", "both offered answers' share of the whole distribution"),

@@ -9,6 +9,7 @@ from innsteer.backends.base import Completion
 from innsteer.metrics.asking import asks
 from innsteer.metrics.degeneration_256 import loops
 from innsteer.metrics.formality import formality
+from innsteer.metrics.hedging import hedging
 from innsteer.metrics.refusal import declines
 
 
@@ -225,6 +226,87 @@ def test_the_means_stated_for_formal_are_those_of_the_scorer(side):
     items = contrast.Contrast.load("formal").items
     mean = sum(formality(getattr(item, side)) for item in items) / len(items)
     assert mean == pytest.approx(stated("formal", side)[0], abs=1.5e-3)
+
+
+# --- hedging -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It may rain.",
+        "It might rain.",
+        "Perhaps it rains.",
+        "It’s not entirely clear.",
+        "I'd say so.",
+        "I think it rains.",
+        "It could well be rain.",
+        "He seems tired.",
+        "The fort appears to be Roman.",
+        "It is widely believed that ravens count.",
+        "Ravens are thought to count.",
+        "Some studies suggest rain.",
+        "As far as I know, it rained.",
+        "Nobody really knows why.",
+        "I am not so sure.",
+        "The cause isn't certain.",
+        "This cannot be ruled out.",
+        "It weighs about 40 kilograms.",
+        "It took around two hours.",
+        "Wait an hour or so.",
+        "A GOOD GUESS: MAYBE.",
+    ],
+)
+def test_a_hedge_is_told_by_its_words(text):
+    assert hedging(text) == 1.0
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "It rains.",
+        "In May it rains.",
+        "He pulled with all his might.",
+        "The might of Rome fell.",
+        "You may as well stay.",
+        "We could not be there.",
+        "I believe in rain.",
+        "I think of rain.",
+        "If you are not sure, ask.",
+        "Make sure it is dry.",
+        "A book about rain, told around the fire.",
+        "A boat appeared on the lake.",
+        "There is no doubt.",
+        "As soon as possible.",
+        "It often rains, usually at night.",
+        "Tea or soup?",
+        "Mayor Mighty, improbable",
+    ],
+)
+def test_a_word_that_hedges_nothing_is_left_alone(text):
+    assert hedging(text) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("", 0.0),
+        ("1.\n2.", 0.0),
+        ("It rains. It may stop! Will it?", 1 / 3),
+        ("1. Perhaps\n2. Rain at 3.5 degrees\n\n", 0.5),
+        ("Perhaps, maybe, it seems. Rain", 0.5),
+    ],
+)
+def test_hedging_is_the_share_of_sentences(text, share):
+    assert hedging(text) == pytest.approx(share)
+
+
+@pytest.mark.parametrize("side", ["source", "target"])
+def test_the_shares_stated_for_hedged_are_those_of_the_scorer(side):
+    own = [hedging(getattr(item, side)) for item in contrast.Contrast.load("hedged").items]
+    mean, whole = stated("hedged", side)[:2]
+    assert sum(own) / len(own) == pytest.approx(mean, abs=1.5e-3)
+    assert sum(map(bool, own)) / len(own) == pytest.approx(whole, abs=1.5e-3)
 
 
 @pytest.mark.parametrize("side", ["source", "target"])
