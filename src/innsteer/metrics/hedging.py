@@ -10,7 +10,7 @@ from innsteer.metrics.base import Measured, Metric
 _WORDS = (
     "might perhaps maybe probably probable possibly presumably presumable apparently seemingly "
     "supposedly reportedly conceivably conceivable arguably plausibly plausible likely likeliest "
-    "unlikely doubtful debatable uncertain inconclusive unclear seem seems seemed roughly "
+    "unlikely doubtful debatable uncertain unsure inconclusive unclear seem seems seemed roughly "
     "approximately thereabouts guesswork"
 ).split()
 
@@ -72,7 +72,8 @@ _HEDGE = re.compile(rf"\b(?:{'|'.join([*_WORDS, *_PHRASES])})(?!\w)", re.IGNOREC
 # What looks like a hedge and is none: strength, set phrases, and the reader's doubt.
 _OTHER = re.compile(
     r"\b(?:(?:the|his|her|its|their|our|my|your|military) might|(?:may|might) as well|"
-    r"i (?:believe in|think (?:of|about))|you(?: are|'re) not (?:\w+ )?(?:sure|certain))\b",
+    r"i (?:believe in|think (?:of|about))|"
+    r"you(?: are|'re) (?:not (?:\w+ )?(?:sure|certain)|unsure))\b",
     re.IGNORECASE,
 )
 _BREAK = re.compile(r"(?<=[.!?])\s+|\n+")
