@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+import peft
 import pytest
 import torch
 from transformers import DynamicCache
@@ -10,9 +11,10 @@ from transformers import DynamicCache
 import tiny
 from innsteer import hooks
 from innsteer.doctor import PROBES, checks
-from innsteer.errors import RefusedError
+from innsteer.errors import InputError, RefusedError
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit, Shift
+from innsteer.models import LanguageModel
 from innsteer.site import STREAMS, Site
 from innsteer.steerer import Interventions
 from innsteer.steering import Steering
@@ -142,6 +144,73 @@ def test_progress_counts_every_check():
     told = []
     checks(tiny.tiny_language_model("gpt2"), progress=lambda *a: told.append(a))
     assert told[-1] == ("checks", len(PROBES), len(PROBES)) and len(told) == len(PROBES) + 1
+
+
+# --- adapters, modes, a draft model --------------------------------------------------------------
+
+TARGETS = {"llama": ["q_proj", "v_proj"], "gpt2": ["c_attn"]}
+
+
+def adapted(kind="llama", config=None):
+    """A tiny model under adapters of PEFT that change what it says."""
+    how = config or peft.LoraConfig(
+        r=4, target_modules=TARGETS[kind], fan_in_fan_out=kind == "gpt2", task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(tiny.tiny_model(kind), how)
+    torch.manual_seed(0)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            weight.data.normal_(0, 0.2)
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_a_lora_works_in_every_way_active_and_merged(kind):
+    active = adapted(kind)
+    assert failed(LanguageModel.wrap(active, tiny.tiny_tokenizer())) == {}
+    merged = LanguageModel.wrap(active.merge_and_unload(), tiny.tiny_tokenizer())
+    assert failed(merged) == {}
+
+
+def test_generate_of_the_adapted_model_itself_is_steered():
+    active, ids = adapted(), torch.arange(4, 12)[None]
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    with torch.no_grad():
+        plain = active.generate(input_ids=ids, **how)
+        with Attachment(active, edited(active)) as attached:
+            steered = active.generate(input_ids=ids, **how)
+        again = active.generate(input_ids=ids, **how)
+    inner = LanguageModel.wrap(active, tiny.tiny_tokenizer())
+    with Attachment(inner, edited(inner)), torch.no_grad():
+        expected = inner.model.generate(ids, **how)
+    assert torch.equal(steered, expected) and not torch.equal(steered, plain)
+    assert torch.equal(again, plain) and attached.trace.steered == [[*range(7, 13)]]
+
+
+def test_learned_prompts_are_refused():
+    config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(InputError, match="PROMPT_TUNING .*shift every position"):
+        Attachment(adapted(config=config), edited(None))
+
+
+def test_every_way_works_in_training_mode():
+    model = tiny.tiny_language_model("llama")
+    model.model.train()
+    assert failed(model) == {} and model.model.training
+
+
+def test_a_draft_model_changes_no_steered_token():
+    model, ids = tiny.tiny_language_model("llama"), torch.arange(4, 12)[None]
+    how = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False}
+    # One that often agrees, so that candidates are taken as well as rolled back.
+    draft = tiny.tiny_model("llama")
+    noise = torch.randn(draft.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
+    draft.lm_head.weight.mul_(1 + 0.3 * noise)
+    with Attachment(model, edited(model)) as attached, torch.no_grad():
+        alone = model.model.generate(ids, **how)
+        drafted = model.model.generate(ids, assistant_model=draft, **how)
+    assert torch.equal(alone, drafted)
+    assert set(attached.trace.steered[0]) >= {*range(7, 15)}
 
 
 # --- two models, two threads ----------------------------------------------------------------------

@@ -9,6 +9,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
@@ -364,7 +365,9 @@ def _streamed(bench: _Bench) -> str:
             pass
 
     kept = Kept()
-    out, _ = _generate(bench, (1.0,), streamer=kept)
+    # From another thread than the one that reads, as transformers' iterators ask for.
+    with ThreadPoolExecutor(1) as other:
+        out, _ = other.submit(_generate, bench, (1.0,), streamer=kept).result()
     whole, _ = _generate(bench, (1.0,))
     if kept.ids != out.sequences[0].tolist() or kept.ids != whole.sequences[0].tolist():
         raise _Wrong("what was streamed is not what was generated")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from innsteer.errors import InputError, NothingSteeredError, PositionError, RefusedError
 from innsteer.interventions import Edit
-from innsteer.models import LanguageModel, Layout, find_layout
+from innsteer.models import LanguageModel, Layout, find_layout, unwrapped
 from innsteer.site import Site, Span, Where, before
 from innsteer.steerer import Intervention
 
@@ -79,8 +79,9 @@ class Attachment:
         contexts: Mapping[Site, Tensor] | None = None,
     ) -> None:
         self._displacement = displacement
-        self._model: Any = model.model if isinstance(model, LanguageModel) else model
-        self._layout = model.layout if isinstance(model, LanguageModel) else find_layout(model)
+        self._model = model.model if isinstance(model, LanguageModel) else unwrapped(model)
+        known = isinstance(model, LanguageModel)
+        self._layout = model.layout if known else find_layout(self._model)
         self._edits = list(edits)
         self._prompts = list(prompt_lengths) if prompt_lengths is not None else None
         self._given = self._prompts is not None

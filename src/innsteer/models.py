@@ -60,7 +60,9 @@ class LanguageModel:
 
         Raises:
             LayoutError: the model's parts could not be found.
+            InputError: one of PEFT's that puts tokens of its own before the prompt.
         """
+        model = unwrapped(model)
         return cls(model, tokenizer, find_layout(model), name or type(model).__name__)
 
     @property
@@ -172,6 +174,23 @@ class LanguageModel:
         if whole[: len(ids)] == ids:
             return whole
         return ids + self._ids(answer)
+
+
+def unwrapped(model: Any) -> Any:
+    """The transformers model in one of PEFT's, its adapters in place; any other as it is.
+
+    Raises:
+        InputError: PEFT puts tokens of its own before the prompt.
+    """
+    if not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise InputError(
+            f"a model under {model.active_peft_config.peft_type.value} of PEFT",
+            expected="adapters of weights, such as LoRA: learned prompts shift every position",
+            remedy="steer the model without them, or train a LoRA in their place",
+        )
+    return model.get_base_model()
 
 
 def load_model(
