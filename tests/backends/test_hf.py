@@ -14,6 +14,7 @@ import tiny
 from edits import bits, edit, hooks_of, seen, shift, told
 from innsteer import files, metrics
 from innsteer.activations import READS, Activations, Rows, ShardWriter
+from innsteer.backends import hf
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast
@@ -444,6 +445,36 @@ def test_a_resumed_recording_uses_the_threads_that_it_began_with(model, contrast
         assert set(used) == {threads} and torch.get_num_threads() == threads + 1
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("model", ["llama"], indirect=True)
+def test_recording_to_disk_holds_one_batch_and_encodes_one_window(
+    model, contrast, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(hf, "WINDOW", 4)
+    rows, encoded, written = [], [], []
+    encode, write = HF._encode_side, ShardWriter.write
+
+    def counted(self, item, side):
+        encoded.append(item)
+        return encode(self, item, side)
+
+    def watched(self, values, table):
+        rows.append(weakref.ref(table))
+        assert sum(one() is not None for one in rows) == 1
+        assert len(encoded) - len(written) <= 4
+        written.extend(table.item)
+        write(self, values, table)
+
+    monkeypatch.setattr(HF, "_encode_side", counted)
+    monkeypatch.setattr(ShardWriter, "write", watched)
+    told = []
+    folder = HF(model, batch_tokens=1).record_to(
+        tmp_path / "rows", contrast, SITES, progress=lambda *a: told.append(a)
+    )
+    assert len(written) == len(rows) == 10 and told[-1] == ("record", 10, 10)
+    loaded = Activations.load(folder)
+    assert loaded.hash == HF(model, batch_tokens=1).record(contrast, SITES).hash
 
 
 def test_two_recordings_into_one_folder_are_refused(model, contrast, tmp_path):

@@ -2,9 +2,10 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,10 @@ from innsteer.hooks import Attachment, Trace
 from innsteer.interventions import Edit
 from innsteer.models import Encoded, LanguageModel
 from innsteer.site import Site, Span, Where
+
+WINDOW = 4096
+"""Texts that are encoded at once, and whose lengths make up the batches of a recording."""
+_Job = tuple[Item, str, Encoded]
 
 
 class _Stop(BaseException):
@@ -339,43 +344,101 @@ class HF(Engine):
             span: half-open, counted from the answer's first token; -1 is the last prompt token.
             padding_side: of the batches; the rows do not depend on it.
             folder: write shards there, batch by batch, and hold none of them until the end, when
-                the rows are read back. An interrupted recording stays beside it, hidden, and the
-                same call goes on where it stopped, to the same bytes.
+                the rows are read back (``record_to`` leaves that out). An interrupted recording
+                stays beside it, hidden, and the same call goes on where it stopped, to the same
+                bytes.
             origin: more of where the contrast is from, for the provenance.
 
         Raises:
             InputError: no item, or an item without a token to read.
         """
+        provenance = self._provenance(contrast, read, origin)
+        if folder:
+            how: dict[str, Any] = {"read": read, "span": span, "padding_side": padding_side}
+            self.record_to(folder, contrast, sites, **how, origin=origin, progress=progress)
+            return Activations.load(folder)
+        parts = self._parts(contrast, progress)
+        batches = list(self._passes(contrast, parts, sites, read, span, padding_side, self.memo))
+        joined = {site: torch.cat([b.values[site] for b in batches]) for site in sorted(sites)}
+        table = Rows.of([record for batch in batches for record in batch.rows.records()])
+        return Activations(joined, table, (contrast.behaviour,), read, provenance)
+
+    def record_to(
+        self,
+        folder: str | Path,
+        contrast: Contrast,
+        sites: Sequence[Site],
+        *,
+        read: Read = "last",
+        span: Span = (0, None),
+        padding_side: str = "right",
+        origin: Mapping[str, Any] | None = None,
+        progress: Progress = silent,
+    ) -> Path:
+        """``record`` to disk alone: no row stays in memory, however many the contrast has.
+
+        Memory holds the contrast, ``WINDOW`` encoded texts and one batch. ``Activations.load``
+        reads the folder, whole.
+        """
+        provenance = self._provenance(contrast, read, origin)
+        asked = [provenance, list(map(str, sorted(sites))), list(span), padding_side]
+        plan = hashlib.sha256(canonical([*asked, self.batch_tokens, WINDOW])).hexdigest()
+        with ShardWriter(folder, (contrast.behaviour,), read, provenance, resume=plan) as shards:
+            parts = islice(self._parts(contrast, progress), shards.done, None)
+            # Shards go on by themselves, without the memo.
+            passes = self._passes(contrast, parts, sites, read, span, padding_side, Memo())
+            with closing(passes) as recorded:
+                for rows in recorded:
+                    shards.write(rows.values, rows.rows)
+        return Path(folder)
+
+    def _provenance(
+        self, contrast: Contrast, read: Read, origin: Mapping[str, Any] | None
+    ) -> dict[str, Any]:
+        """Where rows are from."""
         if not len(contrast):
             raise InputError(f"contrast {contrast.behaviour!r} has no items to record")
-        jobs = [
-            (item, side, self._encode_side(item, side))
-            for item in contrast.items
-            for side in ("source", "target")
-            if getattr(item, side) is not None
-        ]
-        provenance = {
+        return {
             "fingerprint": asdict(self.model.fingerprint),
             "contrast": contrast.hash,
             "read": read,
             "innsteer": __version__,
             **(origin or {}),
         }
-        shards = None
-        if folder:
-            asked = [provenance, list(map(str, sorted(sites))), list(span), padding_side]
-            plan = hashlib.sha256(canonical([*asked, self.batch_tokens])).hexdigest()
-            behaviours = (contrast.behaviour,)
-            shards = ShardWriter(folder, behaviours, read, provenance, resume=plan)
-        batches: list[Activations] = []
-        nothing = Memo()  # shards go on by themselves
-        with shards or nullcontext(), torch.inference_mode(), ExitStack() as stack:
+
+    def _parts(self, contrast: Contrast, progress: Progress) -> Iterator[list[_Job]]:
+        """Every item's sides, encoded, in batches of near-equal length; a window at a time."""
+        both = ("source", "target")
+        total = sum(getattr(item, side) is not None for item in contrast.items for side in both)
+        every = (
+            (item, side, self._encode_side(item, side))
+            for item in contrast.items
+            for side in both
+            if getattr(item, side) is not None
+        )
+        for start in range(0, total, WINDOW):
+            jobs = list(islice(every, WINDOW))
+
+            def told(stage: str, done: int, _: int, start: int = start) -> None:
+                progress(stage, start + done, total)
+
+            for index in self._batches([len(e.ids) for *_, e in jobs], told, "record"):
+                yield [jobs[j] for j in index]
+
+    def _passes(
+        self,
+        contrast: Contrast,
+        parts: Iterator[list[_Job]],
+        sites: Sequence[Site],
+        read: Read,
+        span: Span,
+        padding_side: str,
+        memo: Memo,
+    ) -> Iterator[Activations]:
+        """The rows of each batch, from one pass up to the deepest site."""
+        with ExitStack() as stack:
             seen = self._capture(stack, sites)
-            lengths = [len(encoded.ids) for _, _, encoded in jobs]
-            for number, index in enumerate(self._batches(lengths, progress, "record")):
-                if shards and number < shards.done:
-                    continue
-                part = [jobs[j] for j in index]
+            for part in parts:
                 records, picks = [], []
                 for row, (item, side, encoded) in enumerate(part):
                     for tokens in _read_tokens(encoded, read, span, item.id):
@@ -384,19 +447,11 @@ class HF(Engine):
                 sequences = [encoded.ids for _, _, encoded in part]
                 key = self.key("record", sequences, picks, sorted(map(str, sites)), padding_side)
                 made = partial(self._read, sequences, picks, sites, seen, padding_side)
-                found = (nothing if shards else self.memo).tensors(key, made)
+                with torch.inference_mode():
+                    found = memo.tensors(key, made)
                 values = {site: found[str(site)] for site in sorted(sites)}
                 # Checked here: rows that are not finite must not reach the disk.
-                rows = Activations(values, Rows.of(records), (contrast.behaviour,), read)
-                if shards:
-                    shards.write(rows.values, rows.rows)
-                else:
-                    batches.append(rows)
-        if folder:
-            return Activations.load(folder)
-        joined = {site: torch.cat([b.values[site] for b in batches]) for site in sorted(sites)}
-        table = Rows.of([record for batch in batches for record in batch.rows.records()])
-        return Activations(joined, table, (contrast.behaviour,), read, provenance)
+                yield Activations(values, Rows.of(records), (contrast.behaviour,), read)
 
     def _read(
         self,
