@@ -5,17 +5,23 @@
     python benchmarks/breadth.py --only kills  # kill -9 at random moments
     python benchmarks/breadth.py --only mutations  # damaged and forged artifacts
     python benchmarks/breadth.py --only plans  # what a fit takes, planned and then measured
+    python benchmarks/breadth.py --only recording --tool nnsight=PYTHON ...  # beside other tools
 
 The models are random and tiny, one per architecture (tests/tiny.py); the checks are those of
 ``innsteer doctor``, in float32 and in bfloat16. A command that was killed is run again until it
 ends, and the artifact's identity must be that of an undisturbed run. Mutated artifacts, half of
 them with a seal that fits, must be refused, or load to the same outputs. A plan and the fit that it
 is about run in processes of their own, one after the other, on the embedded model.
+
+Recording runs each tool of ``recorders.py`` in the environment whose interpreter is named for it
+(steering-vectors asks for transformers 4): all take the same 1,000 prompts in chunks, one tool
+after the other on each chunk, so that other work on the machine meets all alike.
 """
 
 import argparse
 import hashlib
 import json
+import os
 import platform
 import random
 import subprocess
@@ -23,9 +29,11 @@ import sys
 import tempfile
 import time
 import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
@@ -45,6 +53,7 @@ from innsteer import (  # noqa: E402
 from innsteer.doctor import PROBES, checks  # noqa: E402
 from innsteer.files import sha256_file, write_json  # noqa: E402
 from innsteer.planning import plan  # noqa: E402
+from innsteer.smollm2 import smollm2_folder  # noqa: E402
 
 RESULTS = HERE / "results" / "breadth.json"
 PAGE = HERE.parent / "docs" / "models.md"
@@ -263,13 +272,65 @@ def _status(name: str) -> int:
     return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
+def recording(pythons: dict[str, str], block: int = 15, chunks: int = 20) -> dict[str, Any]:
+    """CPU seconds per chunk of each tool, one thread each, and how far its rows are from ours."""
+    import spine
+
+    model, questions = load_model("smollm2"), spine.thousand()
+    texts = [model._render([{"role": "user", "content": one}], opened=True) for one in questions]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(0)).tolist()
+    parts = [sorted(order[n::chunks], key=lambda i: len(texts[i])) for n in range(chunks)]
+    job = {"model": str(smollm2_folder()), "block": block, "texts": texts, "questions": questions,
+           "chunks": parts, "batch": 25}  # fmt: skip
+    seconds: dict[str, list[float]] = {}
+    rows, versions = {}, {}
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+        path = Path(folder) / "job.json"
+        path.write_text(json.dumps(job))
+        running: dict[str, Any] = {}
+        for tool, python in {"innsteer": sys.executable, **pythons}.items():
+            running[tool] = stack.enter_context(subprocess.Popen(
+                [python, str(HERE / "recorders.py"), tool, str(path)], text=True, bufsize=1,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            ))  # fmt: skip
+            versions[tool] = json.loads(running[tool].stdout.readline())
+        dice = random.Random(0)
+        for chunk in range(chunks):
+            for tool in dice.sample(sorted(running), len(running)):
+                running[tool].stdin.write(f"{chunk}\n")
+                took = float(running[tool].stdout.readline())
+                seconds.setdefault(tool, []).append(took)
+            print(chunk, {t: round(s[-1], 2) for t, s in seconds.items()}, file=sys.stderr)
+        for tool, process in running.items():
+            process.stdin.close()
+            process.wait()
+            rows[tool] = np.load(f"{path}.{tool}.npy")
+    apart = {tool: float(np.abs(own - rows["innsteer"]).max()) for tool, own in rows.items()}
+    largest = float(np.abs(rows["innsteer"]).max())
+    return {"cpu_seconds": seconds, "versions": versions, "apart": apart, "largest": largest,
+            "batch": job["batch"], "load": os.getloadavg()[1]}  # fmt: skip
+
+
+def longer(theirs: list[float], ours: list[float]) -> tuple[float, float, float]:
+    """Their seconds over ours in all, with a 95 % bootstrap interval over chunks."""
+    pairs = np.array([theirs, ours]).T
+    draws = pairs[np.random.default_rng(0).integers(0, len(pairs), (2000, len(pairs)))].sum(1)
+    low, high = np.quantile(draws[:, 0] / draws[:, 1], [0.025, 0.975])
+    whole = pairs.sum(0)
+    return float(whole[0] / whole[1]), float(low), float(high)
+
+
 def main() -> None:
     """Run what is asked, write the table into the page and the figures beside it."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", choices=["matrix", "kills", "mutations", "plans"])
+    parts = ["matrix", "kills", "mutations", "plans", "recording"]
+    parser.add_argument("--only", choices=parts)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--tool", action="append", default=[], metavar="NAME=PYTHON",
+                        help="records beside innsteer, with that interpreter")  # fmt: skip
     asked = parser.parse_args()
     warnings.simplefilter("ignore")
     if asked.child:
@@ -317,6 +378,15 @@ def main() -> None:
                     figure = {"figure": f"{title}, {sign} {bound}", **bounds, "n": 1}
                     figures[figure["figure"]] = figure | {"asked": f"{sign} {bound}", "unit": "1"}
                 print(json.dumps(figure))
+    if asked.tool:
+        kept["recording"] = made = recording(dict(one.split("=", 1) for one in asked.tool))
+        ours = made["cpu_seconds"]["innsteer"]
+        for tool, took in made["cpu_seconds"].items():
+            value, low, high = longer(took, ours)
+            name = f"recording 1,000 prompts: {tool}'s CPU seconds over innsteer's"
+            figures[name] = {"figure": name, "value": value, "low": low, "high": high, "asked": "",
+                             "unit": "ratio", "n": len(took)}  # fmt: skip
+            print(json.dumps(figures[name]), made["apart"][tool])
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     kept |= {
         "command": "python benchmarks/breadth.py",

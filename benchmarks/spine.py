@@ -179,9 +179,8 @@ def exact() -> list[Figure]:
     return found
 
 
-def recording() -> list[Figure]:
-    """record() up to block 16 against the plain full forward with logits, on the same batches."""
-    model = load_model("smollm2")
+def thousand() -> list[Any]:
+    """1,000 of the built-in prompts."""
     texts = [
         prompt.conversation for part in ("validation", "test") for prompt in suites.neutral(part)
     ]
@@ -189,8 +188,13 @@ def recording() -> list[Figure]:
         texts += [item.prompt for item in Contrast.load(name).items]
         for use in ("test", "validation", "in_format_test", "in_format_validation"):
             texts += prompts(name, use)
-    texts = texts[:1000]
-    assert len(texts) == 1000
+    assert len(texts) >= 1000
+    return texts[:1000]
+
+
+def recording() -> list[Figure]:
+    """record() up to block 16 against the plain full forward with logits, on the same batches."""
+    model, texts = load_model("smollm2"), thousand()
     backend = HF(model)
     pairs = []
     for chunk in range(20):
