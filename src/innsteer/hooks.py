@@ -79,9 +79,11 @@ class Attachment:
         contexts: Mapping[Site, Tensor] | None = None,
     ) -> None:
         self._displacement = displacement
-        self._model = model.model if isinstance(model, LanguageModel) else unwrapped(model)
-        known = isinstance(model, LanguageModel)
-        self._layout = model.layout if known else find_layout(self._model)
+        if isinstance(model, LanguageModel):
+            self._model, self._layout = model.model, model.layout
+        else:
+            self._model = unwrapped(model)
+            self._layout = find_layout(self._model)
         self._edits = list(edits)
         self._prompts = list(prompt_lengths) if prompt_lengths is not None else None
         self._given = self._prompts is not None

@@ -1,7 +1,7 @@
 """The Hugging Face engine: generate, score, record and compare, on one machine."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
 from functools import partial
@@ -434,7 +434,7 @@ class HF(Engine):
         span: Span,
         padding_side: str,
         memo: Memo,
-    ) -> Iterator[Activations]:
+    ) -> Generator[Activations]:
         """The rows of each batch, from one pass up to the deepest site."""
         with ExitStack() as stack:
             seen = self._capture(stack, sites)
