@@ -4,6 +4,7 @@
     python benchmarks/breadth.py --only matrix # the matrix, also into docs/models.md
     python benchmarks/breadth.py --only kills  # kill -9 at random moments
     python benchmarks/breadth.py --only mutations  # damaged and forged artifacts
+    python benchmarks/breadth.py --only memory # recording a million texts
     python benchmarks/breadth.py --only plans  # what a fit takes, planned and then measured
     python benchmarks/breadth.py --only recording --tool nnsight=PYTHON ...  # beside other tools
 
@@ -38,7 +39,9 @@ import torch
 import transformers
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
+sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "backends")]
+
+from test_flat import held  # noqa: E402
 
 import tiny  # noqa: E402
 from innsteer import (  # noqa: E402
@@ -326,7 +329,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ["matrix", "kills", "mutations", "plans", "recording"]
+    parts = ["matrix", "kills", "mutations", "memory", "plans", "recording"]
     parser.add_argument("--only", choices=parts)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--tool", action="append", default=[], metavar="NAME=PYTHON",
@@ -365,6 +368,13 @@ def main() -> None:
         count = good + verdicts["other"] + verdicts["crash"]
         note("mutations: refused or the same", good, count)
         note("mutations: within 2 seconds", count - verdicts["slow"], count)
+    if asked.only in (None, "memory"):
+        # The test's own measure, which has 6,000 texts at twelve sites; here one site.
+        few, many = held(10_000, 1_000_000, sites=1)
+        name = "recording 1,000,000 texts: MiB held above those for 10,000"
+        bounds = dict.fromkeys(("value", "low", "high"), (many - few) / 2**20)
+        figures[name] = {"figure": name, **bounds, "asked": "<= 8", "unit": "MiB", "n": 1}
+        print(json.dumps(figures[name]), few, many)
     if asked.only in (None, "plans"):
         kept["plans"] = plans()
         for name, both in kept["plans"].items():

@@ -18,7 +18,7 @@ from innsteer.site import STREAMS, Site
 
 few, many, hf.WINDOW = {few}, {many}, 500
 model = tiny.tiny_language_model("llama", num_hidden_layers=2, hidden_size=96)
-sites = [Site(layer, stream) for layer in (0, 1) for stream in STREAMS]
+sites = [Site(layer, stream) for layer in (0, 1) for stream in STREAMS][:{sites}]
 items = tuple(Item(str(n), f"Is {{n}} odd?", None, "Yes", None, str(n)) for n in range(many))
 libc, held = ctypes.CDLL(None), []
 
@@ -39,15 +39,14 @@ print(json.dumps(most))
 """
 
 
-def held(few, many):
+def held(few, many, sites=12):
     """The most bytes held while few, and then many, texts are recorded."""
-    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), few=few, many=many)
+    script = SCRIPT.format(tests=str(Path(__file__).parents[1]), few=few, many=many, sites=sites)
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     return json.loads(run.stdout)
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_recording_to_disk_takes_no_more_memory_for_more_rows():
     few, many = held(1_000, 6_000)
