@@ -390,9 +390,9 @@ def main() -> None:
                 print(json.dumps(figure))
     if asked.tool:
         kept["recording"] = made = recording(dict(one.split("=", 1) for one in asked.tool))
-        ours = made["cpu_seconds"]["innsteer"]
-        for tool, took in made["cpu_seconds"].items():
-            value, low, high = longer(took, ours)
+        for tool in made["cpu_seconds"].keys() - {"innsteer"}:
+            took = made["cpu_seconds"][tool]
+            value, low, high = longer(took, made["cpu_seconds"]["innsteer"])
             name = f"recording 1,000 prompts: {tool}'s CPU seconds over innsteer's"
             figures[name] = {"figure": name, "value": value, "low": low, "high": high, "asked": "",
                              "unit": "ratio", "n": len(took)}  # fmt: skip
