@@ -32,6 +32,8 @@ nb_execution_timeout = 600
 nb_merge_streams = True
 # Pictures carry plotly's script in their page, so that they show without a network.
 os.environ["PLOTLY_RENDERER"] = "notebook"
+# Of tqdm, which misses a widget that a page has no use for.
+os.environ["PYTHONWARNINGS"] = "ignore:IProgress not found"
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
