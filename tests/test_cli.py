@@ -328,7 +328,7 @@ BAD = {
     "no such verb": (["fti"], "No such command 'fti'"),
     "a bogus verb": (
         ["bogus"],
-        "record, fit, extend, tune, generate, chat, eval, interference, inspect",
+        "record, fit, plan, extend, tune, generate, chat, eval, interference, inspect",
     ),
     "no argument": (["fit", "--out", "x"], "Missing argument"),
     "no out": (["fit", "mine.jsonl"], "--out"),
