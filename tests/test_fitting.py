@@ -318,6 +318,18 @@ def test_a_fit_that_is_blind_to_wording_sees_statements_in_five_others(model, as
     assert every.abs() < 0.2 * other.abs()
 
 
+def test_every_method_that_asks_for_other_words_gets_them(model, asked):
+    blind, plain = (
+        get("gated", method="condgrad", statements="pairs", config={"nuisances": count})
+        for count in (2, 0)
+    )
+    rows = [
+        fitting.fit(model, asked, method, sites=[Site(1)]).provenance["rows"]
+        for method in (blind, plain, get("innsteer", objective="target", polish=0, nuisances=2))
+    ]
+    assert rows[0] == rows[2] == rows[1] + len(suites.in_format(asked, "fit"))
+
+
 def test_unmoved_prompts_gate_an_open_behaviour_and_are_refused_where_nothing_is_run(model):
     prompts = [Prompt(f"u{n}", f"How many are {n} and {n}?") for n in range(12)]
     aim = {"objective": "target", "polish": 0}

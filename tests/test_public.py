@@ -11,7 +11,7 @@ import innsteer
 FIXED = ["compare", "evaluate", "fit", "get", "load_model", "names", "record", "tune"]
 FIXED += ["Contrast", "Steering"]
 MORE = ["Activations", "HF", "InnsteerError", "LanguageModel", "Report", "Site", "Where"]
-MORE += ["Intervention", "Interventions", "Steerer", "__version__"]
+MORE += ["Intervention", "Interventions", "Steerer", "__version__", "pull", "push"]
 
 
 def test_the_public_names_are_these_and_no_others():

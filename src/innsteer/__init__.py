@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from innsteer.evaluation import compare as compare
     from innsteer.evaluation import evaluate as evaluate
     from innsteer.fitting import record as record
+    from innsteer.hub import pull as pull
+    from innsteer.hub import push as push
     from innsteer.models import LanguageModel as LanguageModel
     from innsteer.models import load_model as load_model
     from innsteer.report import Report as Report
@@ -51,6 +53,8 @@ _HOME = {
     "Steering": "steering",
     "fit": "choosing",
     "record": "fitting",
+    "pull": "hub",
+    "push": "hub",
     "tune": "tuning",
 }
 __all__ = sorted([*_HOME, "__version__"])  # noqa: PLE0605

@@ -9,6 +9,7 @@ from typing import Any
 from innsteer.activations import Read
 from innsteer.backends.base import Completion, Progress, silent
 from innsteer.backends.hf import HF
+from innsteer.backends.through import Through
 from innsteer.calibration import BUDGET
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError
@@ -111,15 +112,19 @@ def choose_method(
     items = contrast.validation
     score = metric(control_metric(items))
     spend = partial(_preview, budget=budget, seed=seed, progress=progress)
-    run, rows = None, None
+    # A run with unmoved prompts in other words has other rows than one without.
+    runs: dict[bool, Through] = {}
+    rows = None
     fitted: dict[str, Steering] = {}
     answers: dict[str, list[Completion]] = {}
     plain: dict[str, list[Completion]] = {}
     table: dict[str, Any] = {}
     for name, steerer in tried.items():
         if steerer.through:
-            run = run or through(backend, contrast, sites, progress=progress)
-            one = fit_run(backend, steerer, run, contrast, seed=seed, progress=progress)
+            again = steerer.rewords
+            if again not in runs:
+                runs[again] = through(backend, contrast, sites, reworded=again, progress=progress)
+            one = fit_run(backend, steerer, runs[again], contrast, seed=seed, progress=progress)
         else:
             rows = rows or record_parts(backend, contrast, sites, progress=progress)
             one = fit_rows(backend, steerer, rows, seed=seed, progress=progress)

@@ -115,7 +115,7 @@ def fit(
                 f"a read rule for {steerer.name!r}, which is fitted through the model",
                 expected="none: its rows are those of the steered tokens",
             )
-        again = rewords(steerer)
+        again = steerer.rewords
         run = through(model, contrast, sites, unmoved=unmoved, reworded=again, progress=progress)
         return fit_run(
             model, steerer, run, contrast, folder=folder, where=where, seed=seed, progress=progress
@@ -162,18 +162,14 @@ def through(
     ]
     again = suites.reworded(bare, contrasts) if reworded else ()
     where = sites or (middle_site(backend.model),)
-    return backend.through(
+    return backend.runner(
+        backend,
         parts,
         where,
         references,
         reworded=backend.reference(again, None) if again else None,
         progress=progress,
     )
-
-
-def rewords(steerer: Steerer) -> bool:
-    """Whether a method wants to see unmoved prompts in other words."""
-    return bool(getattr(steerer, "nuisances", 0))
 
 
 def fit_run(
@@ -245,7 +241,7 @@ def extend(
     grown = steering.interventions
     # One by one: each is dialled by its own items alone.
     for one in contrasts:
-        again = rewords(steering.steerer)
+        again = steering.steerer.rewords
         run = through(backend, one, sites, unmoved=unmoved, reworded=again, progress=progress)
         progress("fit", 0, 1)
         started = time.perf_counter()

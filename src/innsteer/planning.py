@@ -26,7 +26,7 @@ from innsteer.backends.meter import Reference
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError
-from innsteer.fitting import Contrasts, each, record_parts, rewords, through
+from innsteer.fitting import Contrasts, each, record_parts, through
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span
 from innsteer.steerer import Answers, Interventions, Steerer, get
@@ -98,7 +98,7 @@ def plan(
         if read is not None or span != (0, None):
             raise InputError(f"a read rule for {steerer.name!r}", expected="none")
         started = time.perf_counter()
-        run = through(backend, contrasts, sites, reworded=rewords(steerer), progress=progress)
+        run = through(backend, contrasts, sites, reworded=steerer.rewords, progress=progress)
         assert isinstance(run, Rehearsed)
         drawn = time.perf_counter() - started
         progress("rehearse", 0, 1)
@@ -162,77 +162,24 @@ class Tally:
         self.largest["live"] = max(self.largest["live"], self.live)
 
 
-class Rehearsal(HF):
-    """An engine that counts the passes it would run, and hands on noise of the right shape.
-
-    Args:
-        draw: let the model say what a fit through it keeps of the model's own answers, because
-            their lengths decide about batches; otherwise they have their full length.
-    """
-
-    def __init__(self, model: LanguageModel, *, draw: bool) -> None:
-        super().__init__(model)
-        self.tally, self._draw = Tally(), draw
-        self.given: tuple[Sequence[Contrast], Sequence[Site], Sequence[Reference]] = ((), (), ())
-        self._asked: list[tuple[Tensor, Tensor, Sequence[Site]]] = []
-
-    def _pass(
-        self, ids: Tensor, mask: Tensor, sites: Sequence[Site], seen: dict[Site, Tensor]
-    ) -> None:
-        self.tally.add("record", ids.numel())
-        self._asked.append((ids, mask, sites))
-        for site in sites:
-            noise = torch.randn(len(ids), 1, self.model.layout.width_of(site))
-            seen[site] = noise.expand(-1, ids.shape[1], -1)
-
-    def _decode(
-        self, prompts: Sequence[Sequence[int]], sampling: Sampling, number: int
-    ) -> list[list[int]]:
-        answers = [[self._pad_id] * sampling.new_tokens for _ in prompts]
-        if self._draw:
-            answers = super()._decode(prompts, sampling, number)
-        steps = max(map(len, answers))
-        self.tally.add("reference", sum(map(len, answers)), steps)
-        return answers
-
-    def through(
-        self,
-        contrasts: Sequence[Contrast],
-        sites: Sequence[Site],
-        unmoved: Sequence[Reference] = (),
-        *,
-        reworded: Reference | None = None,
-        progress: Progress = silent,
-    ) -> "Rehearsed":
-        """A run whose passes are counted."""
-        self.given = contrasts, sites, unmoved
-        return Rehearsed(self, contrasts, sites, unmoved, reworded=reworded, progress=progress)
-
-    def seconds(self, progress: Progress) -> float:
-        """How long all recording passes take, by three of them: short, middling and long ones."""
-        last = len(self._asked) - 1
-        timed, tokens = 0.0, 0
-        chosen = sorted({0, last // 2, last})
-        for number, place in enumerate([chosen[0], *chosen]):  # the first once more, to warm up
-            progress("measure", number, len(chosen) + 1)
-            ids, mask, sites = self._asked[place]
-            with torch.inference_mode(), ExitStack() as stack:
-                seen = self._capture(stack, sites)
-                started = time.perf_counter()
-                super()._pass(ids, mask, sites, seen)
-                _settle(self.model)
-            if number:
-                timed, tokens = timed + time.perf_counter() - started, tokens + ids.numel()
-        return timed / tokens * self.tally.tokens["record"]
-
-
 class Rehearsed(Through):
     """A run through the model whose passes are counted, and whose losses fall at every look.
 
     A loss that never stops falling ends no training early, so that what is counted is the most.
     """
 
-    _backend: Rehearsal
+    _backend: "Rehearsal"
+
+    def __init__(
+        self,
+        backend: "Rehearsal",
+        contrasts: Sequence[Contrast],
+        sites: Sequence[Site],
+        unmoved: Sequence[Reference] = (),
+        **how: Any,
+    ) -> None:
+        backend.given = contrasts, sites, unmoved
+        super().__init__(backend, contrasts, sites, unmoved, **how)
 
     def _keep_prefixes(self, progress: Progress) -> None:
         tally = self._backend.tally
@@ -321,6 +268,59 @@ class Rehearsed(Through):
         return {"kept": kept, "pass": max(prefixes, steered)}
 
 
+class Rehearsal(HF):
+    """An engine that counts the passes it would run, and hands on noise of the right shape.
+
+    Args:
+        draw: let the model say what a fit through it keeps of the model's own answers, because
+            their lengths decide about batches; otherwise they have their full length.
+    """
+
+    runner = Rehearsed
+
+    def __init__(self, model: LanguageModel, *, draw: bool) -> None:
+        super().__init__(model)
+        self.tally, self._draw = Tally(), draw
+        self.given: tuple[Sequence[Contrast], Sequence[Site], Sequence[Reference]] = ((), (), ())
+        self._asked: list[tuple[Tensor, Tensor, Sequence[Site]]] = []
+
+    def _pass(
+        self, ids: Tensor, mask: Tensor, sites: Sequence[Site], seen: dict[Site, Tensor]
+    ) -> None:
+        self.tally.add("record", ids.numel())
+        self._asked.append((ids, mask, sites))
+        for site in sites:
+            noise = torch.randn(len(ids), 1, self.model.layout.width_of(site))
+            seen[site] = noise.expand(-1, ids.shape[1], -1)
+
+    def _decode(
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling, number: int
+    ) -> list[list[int]]:
+        answers = [[self._pad_id] * sampling.new_tokens for _ in prompts]
+        if self._draw:
+            answers = super()._decode(prompts, sampling, number)
+        steps = max(map(len, answers))
+        self.tally.add("reference", sum(map(len, answers)), steps)
+        return answers
+
+    def seconds(self, progress: Progress) -> float:
+        """How long all recording passes take, by three of them: short, middling and long ones."""
+        last = len(self._asked) - 1
+        timed, tokens = 0.0, 0
+        chosen = sorted({0, last // 2, last})
+        for number, place in enumerate([chosen[0], *chosen]):  # the first once more, to warm up
+            progress("measure", number, len(chosen) + 1)
+            ids, mask, sites = self._asked[place]
+            with torch.inference_mode(), ExitStack() as stack:
+                seen = self._capture(stack, sites)
+                started = time.perf_counter()
+                super()._pass(ids, mask, sites, seen)
+                _settle(self.model)
+            if number:
+                timed, tokens = timed + time.perf_counter() - started, tokens + ids.numel()
+        return timed / tokens * self.tally.tokens["record"]
+
+
 def _rehearse(
     steerer: Steerer, fit: Callable[[Steerer], Interventions], tally: Tally
 ) -> tuple[Interventions, float]:
@@ -373,10 +373,11 @@ def _timed_through(backend: Rehearsal, maps: Interventions, progress: Progress) 
 
     rates: dict[str, float] = {}
     runs: list[Through] = []
-    engines = (HF(backend.model), twin)
-    spent, took = clocked(
-        *(lambda engine=engine: runs.append(engine.through(few, sites, some)) for engine in engines)
-    )
+
+    def start(engine: HF) -> None:
+        runs.append(engine.runner(engine, few, sites, some))
+
+    spent, took = clocked(partial(start, HF(backend.model)), partial(start, twin))
     rates["prefixes"] = spent / took["prefixes"]
     asked = [*runs[0].items("train"), *runs[0].items("validation")]
     with torch.no_grad():

@@ -227,6 +227,11 @@ class Steerer(ABC):
         """Whether a fit needs the model: its gradients (rows that seek the target), or itself."""
         return bool({"gradients", "model"} & set(self.needs))
 
+    @property
+    def rewords(self) -> bool:
+        """Whether a fit through the model wants unmoved prompts in other words among its rows."""
+        return False
+
     def fit_through(self, run: Runner, *, seed: int = 0) -> Interventions:
         """Fit through the model; by default on its target-seeking rows."""
         return self.fit(run.rows(), seed=seed)

@@ -208,9 +208,10 @@ def test_a_digest_tells_all_that_decides_what_an_edit_does():
     gated.interventions[Site(1)].slope = 3.0  # a setting that is no tensor
     for one in [*changed, gated]:
         assert of_edits([one]) != same
-    two = edited()
-    two.interventions[Site(1)].how = lambda h: h
-    assert digest(two.interventions) != digest(two.interventions), "an address says nothing"
+    for odd in (lambda h: h, torch.zeros(3)):  # an address, and a tensor that is no buffer
+        two = edited()
+        two.interventions[Site(1)].how = odd
+        assert digest(two.interventions) != digest(two.interventions)
 
 
 @pytest.mark.parametrize(

@@ -19,14 +19,7 @@ from innsteer.site import Site, before
 
 
 class Engine:
-    """A model and how it is run in batches.
-
-    Args:
-        model: from ``load_model``.
-        batch: sequences per batch in generation.
-        batch_tokens: padded tokens per batch elsewhere.
-        memo: where results of calls are kept, so that an interrupted run goes on.
-    """
+    """A model and how it is run in batches."""
 
     def __init__(
         self,

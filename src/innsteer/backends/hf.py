@@ -4,10 +4,10 @@ import hashlib
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -49,17 +49,13 @@ class HF(Engine):
     """
 
     name = "hf"
+    runner: ClassVar[type[Through]] = Through
+    """Who carries a fit through the model."""
 
-    def __init__(
-        self,
-        model: LanguageModel,
-        *,
-        batch: int = 16,
-        batch_tokens: int = 2048,
-        memo: Memo | None = None,
-    ) -> None:
-        super().__init__(model, batch=batch, batch_tokens=batch_tokens, memo=memo)
-        self._references: dict[tuple[object, ...], Reference] = {}
+    @cached_property
+    def _references(self) -> dict[tuple[object, ...], Reference]:
+        """The model's own continuations, kept for the next steering."""
+        return {}
 
     @classmethod
     def of(cls, model: "LanguageModel | HF") -> "HF":
@@ -304,20 +300,6 @@ class HF(Engine):
         ``divergence=False`` leaves KL out, and with it the stored distributions.
         """
         return Meter(self, reference, sites, divergence)
-
-    # --- fit -------------------------------------------------------------------------------------
-
-    def through(
-        self,
-        contrasts: Sequence[Contrast],
-        sites: Sequence[Site],
-        unmoved: Sequence[Reference] = (),
-        *,
-        reworded: Reference | None = None,
-        progress: Progress = silent,
-    ) -> Through:
-        """The model as a fit through it sees it; see ``Through``."""
-        return Through(self, contrasts, sites, unmoved, reworded=reworded, progress=progress)
 
     # --- record ----------------------------------------------------------------------------------
 

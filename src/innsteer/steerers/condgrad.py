@@ -93,6 +93,11 @@ class CondGrad(Steerer):
         if not 0 <= self.nuisances <= 1024:
             raise InputError(f"nuisances={self.nuisances}", expected="0 to 1024")
 
+    @property
+    def rewords(self) -> bool:
+        """Where there is something to be blind to."""
+        return self.nuisances > 0
+
     def build(
         self, widths: Mapping[Site, int], k: int = 1, sizes: Mapping[str, int] = {}
     ) -> Interventions:

@@ -121,6 +121,11 @@ class GatedMethod(Steerer):
         """As the inner method."""
         return self.inner.through
 
+    @property
+    def rewords(self) -> bool:
+        """As the inner method."""
+        return self.inner.rewords
+
     def fit_through(self, run: Runner, *, seed: int = 0) -> Interventions:
         """The inner method's fit through the model, then the gates on the run's rows."""
         return self._close(run.rows(), self.inner.fit_through(run, seed=seed), seed)

@@ -279,6 +279,11 @@ class INNSteer(Steerer):
         # Couplings are taught a field of the row.
         return replace(found, reads="row") if self._of("couplings") else found
 
+    @property
+    def rewords(self) -> bool:
+        """Where there is something to be blind to."""
+        return self.nuisances > 0
+
     def extend(self, fitted: Interventions, acts: Activations, *, seed: int = 0) -> Interventions:
         """Add the behaviours of target-seeking rows to fitted shears, without scaling them.
 
