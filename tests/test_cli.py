@@ -264,6 +264,25 @@ def test_an_evaluation_without_an_instruction_says_that_an_arm_is_missing(run, f
     assert code == 0 and "warning" not in err
 
 
+def test_a_lora_stands_beside_the_steerings(run, fitted, home):
+    import peft
+
+    from innsteer.models import load_model
+
+    whole = load_model(home / "model").model
+    config = peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False)
+    peft.get_peft_model(whole, config).save_pretrained(str(home / "adapters"))
+    words = ["eval", "tuned", "-d", "mine.jsonl", "-m", "model", "--preview"]
+    code, out, err = run(*words, "--lora", "adapters", "-o", "beside")
+    assert code == 0, err
+    assert "adapters" in out and "changes weights" in out
+    report = json.loads((home / "beside" / "report.json").read_text())
+    assert report["arms"][-1] == "adapters"
+    refused(run(*words, "--lora", "rows.jsonl", "-o", "none"), 2, "no LoRA in safetensors")
+    refused(run(*words, "--lora", "else/tuned", "-o", "none"), 2, "folders of the same name")
+    assert not (home / "none").exists()
+
+
 def test_without_a_prompt_a_terminal_is_not_waited_for(run, fitted, monkeypatch):
     class Terminal:
         def isatty(self):

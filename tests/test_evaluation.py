@@ -12,6 +12,7 @@ from edits import seen
 from innsteer import evaluation, fitting, metrics, pages, tuning
 from innsteer.backends.base import Sampling
 from innsteer.backends.hf import HF
+from innsteer.backends.lora import LoRA
 from innsteer.calibration import Calibration, Dose
 from innsteer.errors import InputError, MissingPackage, UnknownName
 from innsteer.evaluation import PROMPT_ONLY, RANDOM, UNSTEERED, Arm, Sizes
@@ -85,6 +86,26 @@ def chosen(model):
 
 def test_every_steering_stands_beside_the_arms_that_give_it_meaning(report):
     assert report.arms == (UNSTEERED, PROMPT_ONLY, RANDOM, "one", "two")
+
+
+def test_a_lora_is_an_arm_and_leaves_the_others_as_they_are(ours, suite, report):
+    plain = tiny.tiny_language_model()
+    lora = LoRA(plain, targets=["v_proj"])
+    for weight in lora.weights:
+        torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(1))
+    found = evaluation.compare(plain, {"one": ours}, suite, adapters={"mine": lora}, sizes=SIZES)
+    assert found.arms == (UNSTEERED, PROMPT_ONLY, RANDOM, "one", "mine")
+    for arm in (UNSTEERED, PROMPT_ONLY, "one"):
+        assert [f for f in found.figures if f.arm == arm and not f.against] == [
+            f for f in report.figures if f.arm == arm and not f.against
+        ]
+    cost = found.figure("mine", "neutral_cost")
+    assert cost.value > 0.01 and cost.strength == 1
+    own = {(c.kind, c.item): (c.text, c.values) for c in found.completions if c.arm == "mine"}
+    like = {(c.kind, c.item): (c.text, c.values) for c in found.completions if c.arm == UNSTEERED}
+    moved = {kind for (kind, item), one in own.items() if one != like[kind, item]}
+    assert moved == {kind for kind, _ in like} and own.keys() == like.keys()
+    assert any("mine changes weights" in note for note in found.notes)
 
 
 def test_arms_without_distinct_names_are_refused(model, suite):

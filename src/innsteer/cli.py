@@ -521,6 +521,9 @@ def evaluate(
     folder: FOLDER,
     model: MODEL = "",
     instruction: Annotated[str, typer.Option(help="What the prompt-only arm adds.")] = "",
+    lora: Annotated[
+        Path | None, typer.Option(help="A LoRA as PEFT saves it: one arm more, as trained.")
+    ] = None,
     preview: Annotated[bool, typer.Option(help="Few prompts, short answers.")] = False,
     seed: SEED = 0,
     as_json: JSON = False,
@@ -529,11 +532,12 @@ def evaluate(
     require_absent(folder)
     from innsteer import evaluation
     from innsteer.backends.hf import HF
+    from innsteer.backends.lora import LoRA
     from innsteer.steering import Steering
     from innsteer.suites import behaviour as suites
 
     loaded = {path.resolve().name: Steering.load(path) for path in steering}
-    if len(loaded) < len(steering):
+    if len(loaded) < len(steering) or (lora and lora.resolve().name in loaded):
         raise InputError("folders of the same name", expected="a name of its own for every arm")
     with Bars(as_json) as progress, _memo(folder) as memo:
         suite = suites.load(_contrast(data), instruction=instruction)
@@ -543,10 +547,12 @@ def evaluate(
         language_model = _base(first, model)
         for fitted in loaded.values():
             _check(fitted, language_model)
+        adapters = {lora.resolve().name: LoRA.load(language_model, lora)} if lora else {}
         report = evaluation.compare(
             HF(language_model, memo=memo),
             loaded,
             suite.preview() if preview else suite,
+            adapters=adapters,
             sizes=evaluation.PREVIEW if preview else evaluation.Sizes(),
             seed=seed,
             progress=progress,

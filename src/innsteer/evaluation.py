@@ -13,8 +13,9 @@ from torch import Tensor
 
 from innsteer import __version__, metrics
 from innsteer.activations import Activations
-from innsteer.backends.base import Completion, Progress, Prompt, Sampling, silent
+from innsteer.backends.base import Completion, Kind, Progress, Prompt, Sampling, silent
 from innsteer.backends.hf import HF, Meter, instruct
+from innsteer.backends.lora import LoRA
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError
 from innsteer.figures import PROMPT_ONLY, RANDOM, UNSTEERED
@@ -33,17 +34,19 @@ RANGES = ("0.01nat", "0.03nat", "budget")
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to answer: the plain model, an instruction, or a steering at a strength.
+    """One way to answer: the plain model, an instruction, a steering or adapters at a strength.
 
     Attributes:
         name: unique among the arms. edit: None for the plain model.
-        strength: for the record. instruction: what is added to every prompt.
+        strength: of the adapters; beside an edit, for the record.
+        instruction: what is added to every prompt. adapter: adapters of the model's weights.
     """
 
     name: str
     edit: Edit | None = None
     strength: float = 0.0
     instruction: str = ""
+    adapter: LoRA | None = None
 
     @property
     def edits(self) -> list[Edit]:
@@ -83,11 +86,15 @@ def compare(
     steerings: Mapping[str, Steering],
     suite: Suite,
     *,
+    adapters: Mapping[str, LoRA] = {},
     sizes: Sizes = Sizes(),  # noqa: B008
     seed: int = 0,
     progress: Progress = silent,
 ) -> Report:
     """Steerings at their budgets beside unsteered, prompt-only and a random direction.
+
+    Args:
+        adapters: LoRAs placed in the model, each at strength 1, as trained, and at its own cost.
 
     Raises:
         InputError: a steering that was not tuned: without a budget nothing can be compared.
@@ -108,6 +115,7 @@ def compare(
         if suite.items is not None:
             check_unseen(steering, suite.items)
     arms = standard_arms(backend, steerings, suite, seed=seed)
+    arms += [Arm(name, strength=1.0, adapter=adapter) for name, adapter in adapters.items()]
     return evaluate(
         backend, arms, suite, steerings=steerings, sizes=sizes, seed=seed, progress=progress
     )
@@ -262,7 +270,8 @@ class _Run:
             for kind, prompts, sampling in filter(lambda job: job[1], jobs):
                 self.progress(f"{arm.name}: {kind}", 0, len(prompts))
                 asked = [_asked(prompt, arm) for prompt in prompts]
-                made = self.backend.generate(asked, arm.edits, sampling, progress=self.progress)
+                with self.backend.adapted(arm.adapter, arm.strength):
+                    made = self.backend.generate(asked, arm.edits, sampling, progress=self.progress)
                 if kind == "sample":
                     made = self._with_base(prompts, made)
                 values = {"asked": (float(sampling.new_tokens),)} if kind == "long" else {}
@@ -313,10 +322,7 @@ class _Run:
         found: list[Completion] = []
         for n, arm in enumerate(arms):
             self.progress(f"{kind} cost", n, len(arms))
-            if arm.instruction:
-                made = meter.prompted(arm.instruction, kind=kind)
-            else:
-                made = meter(arm.edits, kind=kind) if arm.edit else meter.unsteered(kind=kind)
+            made = _measured(meter, arm, kind)
             found += [completion.by(arm.name, arm.strength) for completion in made]
         self.progress(f"{kind} cost", len(arms), len(arms))
         return found
@@ -343,11 +349,7 @@ class _Run:
         found: list[Completion] = []
         for n, arm in enumerate(arms):
             self.progress("items", n, len(arms))
-            if arm.instruction:
-                scored = meter.prompted(arm.instruction)
-            else:
-                scored = meter(arm.edits) if arm.edit else meter.unsteered()
-            made = control(scored, items)
+            made = control(_measured(meter, arm), items)
             found += [completion.by(arm.name, arm.strength) for completion in made]
         self.progress("items", len(arms), len(arms))
         return found
@@ -358,7 +360,8 @@ class _Run:
         for arm in arms:
             if self.suite.plain and not arm.instruction:
                 self.progress(f"{arm.name}: plain text", 0, 1)
-                totals = self.backend.score_text(self.suite.plain, arm.edits)
+                with self.backend.adapted(arm.adapter, arm.strength):
+                    totals = self.backend.score_text(self.suite.plain, arm.edits)
                 found += [
                     Completion(
                         f"plain-{n:03d}",
@@ -460,6 +463,15 @@ class _Run:
             tuple(self.backend.model.tokenizer.decode([token]) for token in ids[start:]),
             tuple(shown.get(place, 0.0) for place in range(start, len(ids))),
         )
+
+
+def _measured(meter: Meter, arm: Arm, kind: Kind = "neutral") -> list[Completion]:
+    """What a meter finds under an arm."""
+    if arm.instruction:
+        return meter.prompted(arm.instruction, kind=kind)
+    if arm.adapter:
+        return meter.adapted(arm.adapter, arm.strength, kind=kind)
+    return meter(arm.edits, kind=kind) if arm.edit else meter.unsteered(kind=kind)
 
 
 def _asked(prompt: Prompt, arm: Arm) -> Prompt:
@@ -575,6 +587,12 @@ def _notes(
         )
     elif arms and arms[0].name == UNSTEERED:
         notes.append("No instruction was given, so the prompt-only arm is missing.")
+    notes += [
+        f"{arm.name} changes weights, at every token of the prompt too; it stands at strength "
+        f"{arm.strength:g} and at its own cost."
+        for arm in arms
+        if arm.adapter
+    ]
     told = [name for name, steering in steerings.items() if steering.interventions.contextual]
     if told and suite.items is not None and suite.items.kind == "open":
         notes.append(f"No scatter of {', '.join(told)}: it moves a row by what its prompt says.")

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from innsteer.interventions import Edit
 from innsteer.layout import Block, Layout
 from innsteer.models import LanguageModel
 from innsteer.site import Site, before
+
+if TYPE_CHECKING:
+    from innsteer.backends.lora import LoRA
 
 
 class Engine:
@@ -33,6 +36,20 @@ class Engine:
         self.batch = batch
         self.batch_tokens = batch_tokens
         self.memo = memo or Memo()
+        self._adapters: list[Any] = []
+
+    @contextmanager
+    def adapted(self, adapter: "LoRA | None", strength: float) -> Iterator[None]:
+        """Calls inside run the model under adapters, and are kept as such; None: as it is."""
+        if adapter is None:
+            yield
+            return
+        self._adapters = [adapter.identity, strength]
+        try:
+            with adapter.at(strength):
+                yield
+        finally:
+            self._adapters = []
 
     def key(self, call: str, *given: Any, edits: Sequence[Edit] = ()) -> list[Any]:
         """All that a call's result depends on, for the memo; cheap without one."""
@@ -40,7 +57,8 @@ class Engine:
             return []
         model = self.model
         how = [asdict(model.fingerprint), str(model.model.dtype), str(model.device)]
-        return [call, *how, self.batch, self.batch_tokens, *given, of_edits(edits)]
+        ran = [*how, *self._adapters, self.batch, self.batch_tokens]
+        return [call, *ran, *given, of_edits(edits)]
 
     def _logits(self, ids: Tensor, mask: Tensor, keep: int, cache: Any = None) -> Tensor:
         """Logits of the last ``keep`` positions (0 = all) of a padded batch."""

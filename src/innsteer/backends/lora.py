@@ -1,20 +1,25 @@
 """LoRA, the arm that changes weights: adapters by peft, their scale is the strength.
 
 No intervention: it moves every token of the prompt as well, so nothing computed below it can be
-kept. It stands in comparisons beside the steerers, trained by the same trainer.
+kept. It stands in comparisons beside the steerers, trained by the same trainer or by anyone.
 """
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import DynamicCache
 
 from innsteer.backends.through import Through
-from innsteer.errors import MissingPackage
+from innsteer.errors import InputError, MissingPackage
 from innsteer.models import LanguageModel
+from innsteer.steerer import tensor_bytes
 
 WHOLE = 4096
 """Tokens per pass; all of a prompt's are computed."""
@@ -33,9 +38,11 @@ class LoRA(nn.Module):
         alpha: the scale at strength 1 is alpha / r.
         targets: names of the linear maps, in every block.
         seed: of A.
+        config: a ``peft.LoraConfig`` in place of rank, alpha and targets.
 
     Raises:
         MissingPackage: peft is not installed.
+        InputError: the model has none of the targets, or adapters already.
 
     Source: LoRA: Low-Rank Adaptation of Large Language Models, eq. 3,
     https://arxiv.org/abs/2106.09685
@@ -49,28 +56,97 @@ class LoRA(nn.Module):
         alpha: int = 16,
         targets: Sequence[str] = ("q_proj", "v_proj"),
         seed: int = 0,
+        config: Any = None,
     ) -> None:
         super().__init__()
-        try:
-            import peft
-            from peft.tuners.lora import LoraLayer
-        except ImportError as error:
-            raise MissingPackage("peft", "LoRA", "peft") from error
-        config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+        peft = _peft()
+        config = config or peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets))
+        kind = peft.tuners.lora.LoraLayer
+        if any(isinstance(part, kind) for part in model.model.modules()):
+            raise InputError(
+                f"a LoRA for {model.name!r}, which has adapters already",
+                expected="the plain model",
+                remedy="remove() the first, or merge_and_unload() it",
+            )
+        _ = model.fingerprint  # that of the model, taken before there is more in it
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            # In a tuple: as a submodule it would bring the whole model's parameters along.
-            self._peft: tuple[Any] = (peft.get_peft_model(model.model, config),)
-        self._layers = [part for part in self._peft[0].modules() if isinstance(part, LoraLayer)]
-        own = [part for part in self._peft[0].parameters() if part.requires_grad]
-        self.weights = nn.ParameterList(own)
-        self._unit = alpha / rank
+            try:
+                placed = peft.get_peft_model(model.model, config)
+            except ValueError as error:
+                raise InputError(
+                    f"adapters for {config.target_modules}: {error}",
+                    expected="names of linear maps of the model",
+                ) from error
+        # In a tuple: as a submodule it would bring the whole model's parameters along.
+        self._peft: tuple[Any] = (placed.eval(),)
+        self._layers = [part for part in placed.modules() if isinstance(part, kind)]
+        self.weights = nn.ParameterList(p for p in placed.parameters() if p.requires_grad)
+        self._units = [layer.scaling["default"] for layer in self._layers]
         self._set(0.0)
 
+    @classmethod
+    def load(cls, model: LanguageModel, folder: str | Path) -> Self:
+        """Adapters as PEFT saves them: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+        Raises:
+            MissingPackage: peft is not installed.
+            InputError: the folder holds no LoRA in safetensors, one that changes more than linear
+                maps, or one of another model.
+        """
+        path, peft = Path(folder), _peft()
+        weights = path / "adapter_model.safetensors"
+        if not (path / "adapter_config.json").is_file() or not weights.is_file():
+            raise InputError(
+                f"no LoRA in safetensors in {path}",
+                expected="a folder with adapter_config.json and adapter_model.safetensors",
+                remedy="peft_model.save_pretrained(folder) makes both; no pickle (.bin) is read",
+            )
+        try:
+            config = peft.PeftConfig.from_pretrained(str(path))
+            tensors = load_file(weights)
+        except (ValueError, TypeError, KeyError, AttributeError, SafetensorError) as error:
+            raise InputError(f"adapters in {path} cannot be read: {error}") from error
+        if config.peft_type != "LORA":
+            raise InputError(f"adapters of {config.peft_type.value} in {path}", expected="a LoRA")
+        more = [
+            name
+            for name in ("modules_to_save", "trainable_token_indices")
+            if getattr(config, name, None)
+        ]
+        if more or config.bias != "none":
+            raise InputError(
+                f"a LoRA with {', '.join(more) or 'biases'} in {path}",
+                expected="low-rank adapters alone: nothing else has a strength",
+            )
+        config.inference_mode = False  # else its weights are no parameters that can be told
+        trained_on, config.base_model_name_or_path = config.base_model_name_or_path, None
+        lora = cls(model, config=config)
+        own = peft.get_peft_model_state_dict(lora._peft[0], save_embedding_layers=False)
+        apart = sorted(own.keys() ^ tensors.keys())
+        apart += [name for name in own if own[name].shape != tensors.get(name, own[name]).shape]
+        if apart:
+            lora.remove()
+            raise InputError(
+                f"the LoRA in {path} does not fit {model.name!r}: {len(apart)} of its tensors are "
+                f"missing, unknown or of another shape, {apart[0]} among them",
+                expected=f"the model that it was trained on, {trained_on!r}",
+            )
+        peft.set_peft_model_state_dict(lora._peft[0], tensors)
+        return lora
+
+    @property
+    def identity(self) -> str:
+        """SHA-256 of scales and weights."""
+        found = hashlib.sha256(repr(self._units).encode())
+        for content in tensor_bytes(self.weights):
+            found.update(content)
+        return found.hexdigest()
+
     def _set(self, strength: float) -> None:
-        for layer in self._layers:
+        for layer, unit in zip(self._layers, self._units, strict=True):
             layer.enable_adapters(strength != 0)
-            layer.scaling["default"] = strength * self._unit
+            layer.scaling["default"] = strength * unit
         # Off, peft also takes their gradients away.
         self.weights.requires_grad_(True)
 
@@ -86,6 +162,15 @@ class LoRA(nn.Module):
     def remove(self) -> None:
         """Take the adapters out of the model."""
         self._peft[0].unload()
+
+
+def _peft() -> Any:
+    """The package peft."""
+    try:
+        import peft
+    except ImportError as error:
+        raise MissingPackage("peft", "LoRA", "peft") from error
+    return peft
 
 
 class Adapted(Through):

@@ -1,10 +1,10 @@
 """Cost: what edits do to the model's predictions on a reference, token by token."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +26,9 @@ from innsteer.contrast import Conversation
 from innsteer.hooks import Attachment, Trace
 from innsteer.interventions import Edit
 from innsteer.site import Site, Span, Where
+
+if TYPE_CHECKING:
+    from innsteer.backends.lora import LoRA
 
 
 @dataclass(frozen=True)
@@ -212,19 +215,37 @@ class Meter:
         return self.backend.memo.completions(key, lambda: self._prompted(instruction, kind))
 
     def _prompted(self, instruction: str, kind: Kind) -> list[Completion]:
-        found: dict[int, Completion] = {}
-        reference = self.reference
-        for part in self._batches:
+        def ask(part: _Measured) -> tuple[Tensor, Tensor]:
             rows = []
             for i in part.order:
-                asked = instruct(reference.prompts[i].conversation, instruction)
-                answer = reference.ids[i][reference.lengths[i] :]
+                asked = instruct(self.reference.prompts[i].conversation, instruction)
+                answer = self.reference.ids[i][self.reference.lengths[i] :]
                 rows.append((*self.backend.model.encode(asked).ids, *answer))
-            ids, mask = self.backend._pad(rows, side="left")
+            return self.backend._pad(rows, side="left")
+
+        return self._whole(ask, kind)
+
+    def adapted(
+        self, adapter: "LoRA", strength: float, *, kind: Kind = "neutral"
+    ) -> list[Completion]:
+        """The same figures for the model under adapters: nothing of the plain one can be kept."""
+        _ = self._batches  # of the plain model
+        with self.backend.adapted(adapter, strength):
+            return self.backend.memo.completions(
+                self._key("adapted", kind),
+                lambda: self._whole(lambda part: (part.ids, part.mask), kind),
+            )
+
+    def _whole(
+        self, ask: "Callable[[_Measured], tuple[Tensor, Tensor]]", kind: Kind
+    ) -> list[Completion]:
+        """Figures of whole passes without edits; ``ask`` gives each batch's ids and mask."""
+        found: dict[int, Completion] = {}
+        for part in self._batches:
             with torch.inference_mode():
-                predicted = self._predict(part.order, ids, mask)
+                predicted = self._predict(part.order, *ask(part))
             found |= self._completions(part, predicted, kind, None)
-        return [found[i] for i in range(len(reference.ids))]
+        return [found[i] for i in range(len(self.reference.ids))]
 
     def _completions(
         self, part: "_Measured", steered: Tensor | None, kind: Kind, trace: Trace | None
