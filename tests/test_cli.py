@@ -283,6 +283,40 @@ def test_a_lora_stands_beside_the_steerings(run, fitted, home):
     assert not (home / "none").exists()
 
 
+def test_methods_are_compared_cell_by_cell_and_it_goes_on(run, fitted, home, monkeypatch):
+    neutral, own = suites.neutral, suites.in_format
+    monkeypatch.setattr(suites, "neutral", lambda part: neutral(part)[:4])
+    monkeypatch.setattr(suites, "in_format", lambda of, part: own(of, part)[:6])
+    words = ["compare", "mine.jsonl", "-o", "table", "-m", "model", "--layers", "1"]
+    words += [
+        "--evaluations",
+        "3",
+        "--method",
+        "ridge,grid=[1.0]",
+        "--instruction",
+        "mine=Be kind.",
+    ]
+    code, out, err = run(*words, "--plan", "--json")
+    assert code == 0, err
+    assert json.loads(out) == {"cells": 5, "left": 5, "evaluations": 9, "seconds": None}
+    code, out, err = run(*words)
+    assert code == 0, err
+    assert "ridge grid=[1.0] cannot be told from" in out or "ridge grid=[1.0] is" in out
+    assert {path.name for path in (home / "table").iterdir()} == {
+        "cells", "comparison.html", "tables.json", "tables.md", "tables.tex"
+    }  # fmt: skip
+    code, out, err = run(*words, "--method", "diffmean", "--plan")
+    assert code == 0 and "1 of 6 cells left, 3 evaluations on validation; about" in out
+    following(out)
+    code, out, err = run(*words, "--json")
+    assert code == 0 and len(json.loads(out)["tables"][0]["rows"]) == 5
+    refused(run(*words, "--method", "diffmean,input=model"), 2, "input 'model' for 'diffmean'")
+    refused(run(*words, "--method", "diffmean,input"), 2, "expected name=value")
+    refused(run(*words, "--layers", "one"), 2, "expected whole numbers")
+    refused(run(*words, "--against", "nobody"), 2, "row of the table 'nobody'")
+    refused(run(*words, "--layers", "7"), 2, "7")
+
+
 def test_without_a_prompt_a_terminal_is_not_waited_for(run, fitted, monkeypatch):
     class Terminal:
         def isatty(self):
@@ -347,7 +381,7 @@ BAD = {
     "no such verb": (["fti"], "No such command 'fti'"),
     "a bogus verb": (
         ["bogus"],
-        "record, fit, plan, extend, tune, generate, chat, eval, interference, inspect",
+        "record, fit, plan, extend, tune, generate, chat, eval, compare, interference, inspect",
     ),
     "no argument": (["fit", "--out", "x"], "Missing argument"),
     "no out": (["fit", "mine.jsonl"], "--out"),

@@ -13,7 +13,8 @@ ROOMS = """
     errors files site groups formats contrast audit activations fingerprint layout smollm2 models
     flows shelf steerer readouts interventions gating shears training batches hooks steerers
     calibration steering backends metrics suites fitting planning tuning choosing exchange hub
-    interference figures pages report evaluation demo doctor completing cli
+    interference figures statistics pages standings comparing report evaluation demo doctor
+    completing cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 

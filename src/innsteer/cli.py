@@ -572,6 +572,96 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    data: DATAS,
+    folder: Annotated[
+        Path, typer.Option("--out", "-o", help="Folder of cells and tables; made, or continued.")
+    ],
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="NAME[,input=target][,field=value ...], once for each; default: all methods.",
+            autocompletion=completing.methods,
+        ),
+    ] = None,
+    against: Annotated[
+        str, typer.Option(help="The row that all others are compared with; default: the first.")
+    ] = "",
+    model: MODEL = "smollm2",
+    layers: Annotated[
+        str, typer.Option(help="Candidate blocks, from 0: 15,19; default: four.")
+    ] = "",
+    budget: Annotated[
+        float | None, typer.Option(help="Cost budget, nats per token; default: 0.0953.")
+    ] = None,
+    evaluations: Annotated[
+        int | None, typer.Option(help="Validation evaluations per cell; default: 24.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of the fits: 0,1,2.")] = "0",
+    instruction: Annotated[
+        list[str] | None,
+        typer.Option(help="BEHAVIOUR=TEXT: what the prompt-only arm adds, once for each."),
+    ] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only say what is left to do.")] = False,
+    as_json: JSON = False,
+) -> None:
+    """Compare methods on the same work: the same data, budget and evaluations for every one."""
+    from innsteer import comparing, standings
+    from innsteer.backends.hf import HF
+
+    with Bars(as_json) as progress:
+        tasks = [_contrast(one) for one in data]
+        chosen = [_contender(text) for text in method or []] or comparing.contenders(tasks)
+        language_model = _load(model)
+        given = {"budget": budget, "evaluations": evaluations, "layers": _numbers(layers, "layers")}
+        protocol = comparing.Protocol.of(
+            language_model, **{name: value for name, value in given.items() if value}
+        )
+        comparison = comparing.Comparison(
+            HF(language_model),
+            tasks,
+            folder,
+            contenders=[*comparing.always(), *chosen],
+            protocol=protocol,
+            seeds=_numbers(seeds, "seeds"),
+            instructions=dict(_pair(text, "--instruction") for text in instruction or []),
+        )
+        reference = against or chosen[0].name
+        if reference not in [one.name for one in comparison.contenders]:
+            known = [one.name for one in comparison.contenders]
+            raise UnknownName("row of the table", reference, known)
+        words = ["compare", *data, "--out", folder, *_of(model)]
+        for text in method or []:
+            words += ["--method", text]
+        words += ["--against", against] if against else []
+        words += ["--layers", layers] if layers else []
+        if plan:
+            found = comparison.plan()
+            took = found["seconds"]
+            time = "no cell tells yet how long" if took is None else f"about {_long(took)}"
+            text = (
+                f"{found['left']} of {found['cells']} cells left, {found['evaluations']} "
+                f"evaluations on validation; {time}"
+            )
+            _done(as_json, found, text, _command(*words))
+            return
+        comparison.run(progress=progress)
+        tables = standings.standings(
+            comparison.found(), against=reference, left_out=comparison.left_out()
+        )
+        paths = standings.save(folder, tables, comparison.found(), comparison.context())
+    if not as_json:
+        for table in tables:
+            out.print(_escape(table.text()), soft_wrap=True)
+    _done(
+        as_json,
+        {"folder": str(folder), "tables": [table.to_json() for table in tables]},
+        f"tables and page in {paths}",
+        _command(*words, "--plan"),
+    )
+
+
+@app.command()
 def interference(
     steering: STEERING,
     data: DATAS,
@@ -953,6 +1043,40 @@ def _contrast(data: str) -> Any:
     )
 
 
+def _contender(text: str) -> Any:
+    """A row of a comparison: NAME[,input=target][,field=value ...]."""
+    from innsteer import comparing
+
+    name, *pairs = text.split(",")
+    given = dict(_pair(one, f"--method {text!r}") for one in pairs)
+    where = given.pop("input", "")
+    fields = _fields(name, [f"{key}={value}" for key, value in given.items()])
+    return comparing.Contender.of(name, where, **fields)
+
+
+def _pair(text: str, option: str) -> tuple[str, str]:
+    """A name and a value."""
+    name, mark, value = text.partition("=")
+    if not mark or not name:
+        raise InputError(f"{option}: {text!r}", expected="name=value")
+    return name.strip(), value
+
+
+def _numbers(text: str, what: str) -> tuple[int, ...]:
+    """Whole numbers, separated by commas."""
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise InputError(f"--{what} {text!r}", expected="whole numbers: 15,19") from None
+
+
+def _long(seconds: float) -> str:
+    """A time for people."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def _options(text: str, known: tuple[str, ...], kind: str) -> tuple[str, dict[str, Any]]:
     """A name, and the key=value pairs that follow it after commas."""
     name, found = text, dict[str, Any]()
@@ -1224,7 +1348,7 @@ def main() -> NoReturn:
 
 def _left() -> str:
     """What a verb that did not end leaves behind."""
-    goes_on = {"record", "fit", "extend", "tune", "eval"} & set(sys.argv[1:2])
+    goes_on = {"record", "fit", "extend", "tune", "eval", "compare"} & set(sys.argv[1:2])
     return "the same command goes on where it stopped" if goes_on else "nothing was written"
 
 

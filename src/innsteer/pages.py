@@ -4,10 +4,16 @@ Colours are names of the page's style variables (``var(--arm-4)``, with ``@0.2``
 the page resolves, so that one plot serves light and dark.
 """
 
+import base64
+import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.resources import files
 from itertools import groupby
 from typing import Any
+
+from jinja2 import Environment, PackageLoader
+from markupsafe import Markup
 
 from innsteer.backends.base import Completion
 from innsteer.figures import (
@@ -22,6 +28,7 @@ from innsteer.figures import (
     is_arm,
     is_share,
     measure_title,
+    short,
 )
 
 Json = dict[str, Any]
@@ -34,6 +41,45 @@ GROUPS = {
     "target": ("var(--target)", "diamond"),
     "steered": ("var(--steered)", "x"),
 }
+
+
+def render(
+    template: str,
+    drawn: Sequence[Json],
+    *,
+    filters: Mapping[str, Callable[..., Any]],
+    **context: Any,
+) -> str:
+    """One self-contained page: no request leaves it, and text of a model in it is only text.
+
+    Args:
+        template: of the package. drawn: plots for the elements of their ids. filters: more of them.
+    """
+    from plotly.offline import get_plotlyjs
+
+    scripts = [get_plotlyjs(), _part("report.js")] if drawn else [_part("report.js")]
+    page = Environment(
+        loader=PackageLoader("innsteer", "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page.filters |= {"short": short, **filters}
+    return page.get_template(template).render(
+        plots=plain(drawn),
+        policy=" ".join(f"'sha256-{_hash(script)}'" for script in scripts),
+        style=Markup(_part("report.css")),
+        scripts=[Markup(script) for script in scripts],
+        **context,
+    )
+
+
+def _part(name: str) -> str:
+    return files("innsteer").joinpath("templates", name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
 def styles(arms: Sequence[str]) -> dict[str, int]:

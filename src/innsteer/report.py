@@ -1,19 +1,14 @@
 """Report: everything an evaluation found, as text, as JSON and as one self-contained page."""
 
-import base64
-import hashlib
 import json
 import math
 import re
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader
-from markupsafe import Markup
 from pydantic import TypeAdapter, ValidationError
 
 from innsteer import pages
@@ -208,8 +203,6 @@ class Report:
 
     def html(self) -> str:
         """One self-contained page: no request leaves it, and model text in it is only text."""
-        from plotly.offline import get_plotlyjs
-
         drawn = pages.plots(
             self.doses,
             self.figures,
@@ -218,30 +211,15 @@ class Report:
             budget=self.budget,
         )
         drawn += pages.cloud_plots(self.clouds)
-        scripts = [get_plotlyjs(), _part("report.js")] if drawn else [_part("report.js")]
-        policy = " ".join(f"'sha256-{_hash(script)}'" for script in scripts)
-        page = Environment(
-            loader=PackageLoader("innsteer", "templates"),
-            autoescape=True,
-            trim_blocks=True,
-            lstrip_blocks=True,
-        )
-        page.filters |= {
-            "arm": arm_title,
-            "measure": measure_title,
-            "short": short,
-            "write": _typeset,
-        }
-        return page.get_template("report.html.j2").render(
+        return pages.render(
+            "report.html.j2",
+            drawn,
+            filters={"arm": arm_title, "measure": measure_title, "write": _typeset},
             report=self,
             rows=self._rows(),
             places=pages.styles(self.arms),
             symbols=pages.SYMBOLS,
             groups=pages.GROUPS,
-            plots=pages.plain(drawn),
-            policy=policy,
-            style=Markup(_part("report.css")),
-            scripts=[Markup(script) for script in scripts],
             largest=max((x for t in self.trails for x in t.displacement if x == x), default=0.0),
             measures=MEASURES,
             diagnostics=DIAGNOSTICS,
@@ -357,11 +335,3 @@ def _grid(columns: list[list[str]]) -> str:
         for row in zip(*columns, strict=True)
     ]
     return "\n".join([*lines[:2], "  ".join("-" * width for width in widths), *lines[2:]])
-
-
-def _part(name: str) -> str:
-    return files("innsteer").joinpath("templates", name).read_text(encoding="utf-8")
-
-
-def _hash(script: str) -> str:
-    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

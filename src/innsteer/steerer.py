@@ -194,8 +194,8 @@ class Steerer(ABC):
     """The fitted half: a frozen dataclass of hyper-parameters, every field with a default.
 
     Class variables describe the method for people and tools; they are literals, because the shelf
-    is read without importing it. ``needs`` is any of ``pairs``, ``classes``,
-    ``gradients`` (target-seeking rows), ``model``.
+    is read without importing it. ``needs`` is any of ``pairs``, ``classes``, ``unmoved`` (rows that
+    stand among those that seek the target), ``gradients`` (target-seeking rows), ``model``.
     """
 
     paper: ClassVar[str]

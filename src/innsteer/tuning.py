@@ -159,7 +159,7 @@ def tune(
     by = "cost" if strength == limit else "control"
     if not preview:
         meter = backend.meter(whole, sites)
-        strength = _check({"neutral_cost": meter, **halves}, edit, strength, budget, progress)
+        strength = within({"neutral_cost": meter, **halves}, edit, strength, budget, progress)
     signs = (1.0, -1.0) if both_ways else (1.0,)
     grid = [0.0, *(sign * fraction * strength for sign in signs for fraction in fractions)]
     doses = []
@@ -394,14 +394,18 @@ def _said(scored: Sequence[Completion], items: Contrast) -> float:
     return score.value
 
 
-def _check(
+def within(
     costs: Costs,
     edit: EditAt,
     strength: float,
     budget: float,
     progress: Progress,
 ) -> float:
-    """Shrink until the upper end of the cost's 90 % interval is within the budget."""
+    """The strength, shrunk until the upper end of the cost's 90 % interval is within the budget.
+
+    Raises:
+        BudgetError: it is at no strength tried.
+    """
     for step in range(CHECKS):
         progress("check", step, CHECKS)
         high = _worst(costs, edit, strength, "high")

@@ -63,7 +63,7 @@ class GatedMethod(Steerer):
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2409.05907"
-    needs: ClassVar[tuple[str, ...]] = ("classes",)
+    needs: ClassVar[tuple[str, ...]] = ("classes", "unmoved")
     sites: ClassVar[str] = "any"
     trained: ClassVar[bool] = False
 

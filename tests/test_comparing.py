@@ -1,0 +1,322 @@
+"""Comparing: equal evaluations for every contender, cells on disk, controls that always stand."""
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+import tiny
+from innsteer import comparing
+from innsteer.activations import Activations
+from innsteer.comparing import (
+    Comparison,
+    Contender,
+    Evaluation,
+    Protocol,
+    Search,
+    contenders,
+    shuffled,
+)
+from innsteer.errors import BudgetError, InputError, UnknownName
+from innsteer.standings import standings
+from innsteer.suites import behaviour as suites
+from words import contrast, yes_or_no
+
+CHOICE, OPEN = contrast(yes_or_no), contrast()
+SMALL = {"evaluations": 9, "items": 6, "search_tokens": 20, "check_tokens": 40, "answers": 3}
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny.tiny_language_model()
+
+
+@pytest.fixture(autouse=True)
+def few(monkeypatch):
+    """Prompts at the size of a test."""
+    neutral, own = suites.neutral, suites.in_format
+    monkeypatch.setattr(suites, "neutral", lambda part: neutral(part)[:4])
+    monkeypatch.setattr(suites, "in_format", lambda of, part: own(of, part)[:6])
+
+
+def comparison(model, folder, *rows, tasks=(CHOICE,), **how):
+    how = {"protocol": Protocol.of(model, layers=(0, 1, 2), **SMALL)} | how
+    return Comparison(model, tasks, folder, contenders=rows, **how)
+
+
+# --- contenders ----------------------------------------------------------------------------------
+
+
+def test_every_method_of_the_shelf_contends_on_all_that_it_can_be_fitted_on():
+    found = {(one.method, one.input) for one in contenders([CHOICE])}
+    assert {("diffmean", "classes"), ("diffmean", "target"), ("loreft", "model")} <= found
+    assert ("gated", "target") in found and ("gated", "classes") not in found
+    assert ("innsteer", "model") in found and ("innsteer", "classes") in found
+    assert {one.input for one in contenders([CHOICE, OPEN])} == {"classes", "model"}
+    names = [one.name for one in contenders([CHOICE])]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "said"),
+    [
+        ({"method": "difmean"}, UnknownName, "did you mean 'diffmean'"),
+        ({"method": "ridge", "grids": 1}, UnknownName, "grids"),
+        ({"method": "loreft", "input": "target"}, InputError, "expected 'model'"),
+        ({"method": "gated", "input": "classes"}, InputError, "expected 'target'"),
+        ({"method": "unsteered", "input": "classes"}, InputError, "expected neither"),
+    ],
+)
+def test_a_contender_that_cannot_be_is_refused(how, error, said):
+    with pytest.raises(error, match=said):
+        Contender.of(**how)
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"layers": ()}, "at least one"),
+        ({"layers": (1, 1)}, "all distinct"),
+        ({"layers": (0, 1, 2, 3), "evaluations": 11}, "at least 12"),
+        ({"layers": (0,), "budget": 0.0}, "above 0"),
+        ({"layers": (0,), "budget": math.inf}, "above 0"),
+    ],
+)
+def test_a_protocol_that_cannot_be_kept_is_refused(how, said):
+    with pytest.raises(InputError, match=said):
+        Protocol(**how)
+
+
+def test_candidate_layers_of_the_embedded_model_s_depth():
+    class Deep:
+        layout = type("Layout", (), {"blocks": [None] * 30})
+
+    assert Protocol.of(Deep()).layers == (9, 14, 19, 24)
+
+
+# --- search --------------------------------------------------------------------------------------
+
+
+def law(power, *, peak=math.inf, unit=0.01):
+    """Cost grows by a power law; control grows up to a strength and falls beyond it."""
+
+    def evaluate(strength):
+        control = 0.5 + 0.1 * (strength if strength <= peak else max(2 * peak - strength, 0))
+        return Evaluation(0, strength, control, unit * strength**power, unit / 2)
+
+    return evaluate
+
+
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.5])
+@pytest.mark.parametrize("unit", [1e-4, 0.01, 3.0])
+def test_a_search_spends_the_budget_in_few_evaluations(power, unit):
+    search = Search(law(power, unit=unit), 0.1)
+    for _ in range(8):
+        search.step("neutral")
+    best = search.best("neutral")
+    limit = min((0.1 / unit) ** (1 / power), comparing.MOST)
+    assert 0.8 * limit < best.strength <= limit and len(search.tried) == 8
+
+
+def test_a_search_finds_a_peak_below_the_budget():
+    search = Search(law(2.0, peak=1.2), 0.1)
+    for _ in range(10):
+        search.step("neutral")
+    assert search.best("neutral").strength == pytest.approx(1.2, abs=0.35)
+
+
+def test_the_in_format_half_may_leave_nothing_within_the_budget():
+    def costly(strength):
+        return Evaluation(0, strength, 0.6, 0.001 * strength**2, 0.5)
+
+    search = Search(costly, 0.1)
+    for _ in range(6):
+        search.step("both")
+    assert search.best("both") is None and search.best("neutral").control == 0.6
+
+
+def test_a_map_that_costs_nothing_is_tried_up_to_the_largest_strength():
+    search = Search(lambda s: Evaluation(0, s, 0.5, 0.0, 0.0), 0.1)
+    for _ in range(6):
+        search.step("neutral")
+    assert max(search.tried) == comparing.MOST and len(search.tried) == 6
+
+
+# --- cells ---------------------------------------------------------------------------------------
+
+
+def test_every_contender_gets_the_same_evaluations_and_all_are_tested(model, tmp_path):
+    rows = [*map(Contender.of, ("unsteered", "random-direction", "shuffled-labels", "diffmean"))]
+    rows += [Contender.of("diffmean", "target"), Contender.of("condgrad")]
+    whole = comparison(model, tmp_path, *rows)
+    assert whole.plan() == {"cells": 6, "left": 6, "evaluations": 45, "seconds": None}
+    seen = []
+    whole.run(progress=lambda *at: seen.append(at))
+    assert [done for _, done, _ in seen] == list(range(6)) and not whole.left()
+    records = {record["contender"]: record for record in whole.found()}
+    for name, record in records.items():
+        assert "failed" not in record, record
+        assert set(record["tested"]) == {"neutral", "both"}
+        half = record["tested"]["both"]
+        assert set(half["items"]) >= {"alignment", "answer_mass", "said_alignment"}
+        assert len(half["items"]["alignment"]) == len(CHOICE.part("test"))
+        if name != "unsteered":
+            tried = record["evaluations"]
+            assert len(tried) == 9 and {one["layer"] for one in tried} == {0, 1, 2}
+            kept = [one for one in tried if one["layer"] == record["layer"]]
+            assert len(kept) >= 5, "halving leaves most to the layer that is kept"
+            assert half["costs"]["neutral_cost"][0] < 0.2
+    plain = records["unsteered"]["tested"]["both"]
+    assert plain["costs"]["neutral_cost"][0] == plain["costs"]["in_format_cost"][0] == 0
+    tables = standings(whole.found(), against="diffmean")
+    assert len(tables) == 2 and len(tables[0].rows) == 6
+    assert whole.plan()["seconds"] == 0
+
+
+def test_an_interrupted_comparison_goes_on_and_measures_nothing_twice(model, tmp_path):
+    rows = [Contender.of("diffmean"), Contender.of("ridge", grid=[1.0, 10.0])]
+    first = comparison(model, tmp_path, *rows)
+
+    def stop(stage, done, total):
+        if done == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        first.run(progress=stop)
+    assert len(first.left()) == 1 and first.left_out() == [
+        "ridge grid=[1.0, 10.0] on 1 of its cells"
+    ]
+    assert first.plan()["seconds"] > 0
+    (done,) = (tmp_path / "cells").iterdir()
+    before = done.stat().st_mtime_ns
+    again = comparison(model, tmp_path, *rows)
+    again.run()
+    assert not again.left() and done.stat().st_mtime_ns == before
+    fresh = comparison(model, tmp_path / "fresh", *rows)
+    fresh.run()
+    times = {"seconds", "fit_seconds", "search_seconds", "tokens_per_second"}
+
+    def lasting(value):
+        if isinstance(value, dict):
+            return {k: lasting(v) for k, v in value.items() if k not in times}
+        return value
+
+    assert [lasting(one) for one in fresh.found()] == [lasting(one) for one in again.found()]
+
+
+def test_what_decides_a_cell_names_its_file(model, tmp_path):
+    base = comparison(model, tmp_path, Contender.of("ridge"))
+    others = [
+        comparison(model, tmp_path, Contender.of("ridge", "target")),
+        comparison(model, tmp_path, Contender.of("ridge", grid=[2.0])),
+        comparison(model, tmp_path, Contender.of("ridge"), seeds=(1,)),
+        comparison(model, tmp_path, Contender.of("ridge"), tasks=(OPEN,)),
+        comparison(
+            model,
+            tmp_path,
+            Contender.of("ridge"),
+            protocol=Protocol.of(model, layers=(1,), **SMALL),
+        ),
+        comparison(tiny.tiny_language_model("qwen2"), tmp_path, Contender.of("ridge")),
+    ]
+    found = [one.path(one.cells()[0]) for one in (base, *others)]
+    assert len(set(found)) == len(found)
+    same = comparison(model, tmp_path, Contender.of("diffmean"), Contender.of("ridge"))
+    assert same.path(same.cells()[1]) == found[0], "other rows of the table do not matter"
+
+
+def test_a_method_that_refuses_leaves_a_cell_that_says_so(model, tmp_path, monkeypatch):
+    def never(*args):
+        raise BudgetError("the cost stays above 0.0953 nats at every strength tried")
+
+    monkeypatch.setattr(comparing, "within", never)
+    whole = comparison(model, tmp_path, Contender.of("diffmean"))
+    whole.run()
+    (record,) = whole.found()
+    assert record["failed"].startswith("the cost stays above") and not whole.left()
+    assert "failed" in standings([record])[0].markdown()
+
+
+def test_an_error_of_the_software_is_no_result(model, tmp_path, monkeypatch):
+    def broken(*args, **how):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(comparing, "fit_rows", broken)
+    whole = comparison(model, tmp_path, Contender.of("diffmean"))
+    with pytest.raises(RuntimeError):
+        whole.run()
+    assert len(whole.left()) == 1
+
+
+def test_an_instruction_is_an_arm_where_one_is_known(model, tmp_path):
+    rows = [Contender.of("prompt-only"), Contender.of("unsteered")]
+    assert len(comparison(model, tmp_path, *rows).cells()) == 1
+    told = comparison(model, tmp_path, *rows, instructions={CHOICE.behaviour: "Always say Yes."})
+    told.run()
+    asked, plain = told.found()
+    assert asked["contender"] == "prompt-only" and asked["tested"]["both"]["items"]
+    assert asked["tested"]["both"]["costs"]["neutral_cost"][0] > 0.01
+    assert asked["tested"]["both"]["samples"][0][0].endswith("Always say Yes.")
+    assert asked["tested"]["both"]["items"] != plain["tested"]["both"]["items"]
+    other = comparison(model, tmp_path, *rows, instructions={CHOICE.behaviour: "Say No."})
+    assert len(other.left()) == 1
+    with pytest.raises(UnknownName, match="behaviour 'unknown'"):
+        comparison(model, tmp_path, *rows, instructions={"unknown": "Say No."})
+
+
+def test_open_answers_are_compared_by_preference_within_the_neutral_cost(model, tmp_path):
+    whole = comparison(
+        model, tmp_path, Contender.of("unsteered"), Contender.of("diffmean"), tasks=(OPEN,)
+    )
+    whole.run()
+    for record in whole.found():
+        assert record["control"] == "preference" and set(record["tested"]) == {"neutral"}
+        assert "preference" in record["tested"]["neutral"]["items"]
+
+
+def test_what_has_no_seed_runs_once(model, tmp_path):
+    rows = [Contender.of("unsteered"), Contender.of("diffmean")]
+    cells = comparison(model, tmp_path, *rows, seeds=(0, 1)).cells()
+    assert [(c.contender.method, c.seed) for c in cells] == [
+        ("unsteered", 0), ("diffmean", 0), ("diffmean", 1)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ({"tasks": ()}, "tasks without distinct names: none"),
+        ({"tasks": (CHOICE, CHOICE)}, "tasks without distinct names"),
+        ({"rows": [Contender.of("diffmean")] * 2}, "contenders without distinct names"),
+        ({"seeds": ()}, "seeds without"),
+    ],
+)
+def test_names_that_are_not_distinct_are_refused(model, tmp_path, how, said):
+    rows = how.pop("rows", [Contender.of("diffmean")])
+    with pytest.raises(InputError, match=said):
+        comparison(model, tmp_path, *rows, **how)
+
+
+def test_shuffled_labels_swap_whole_items_and_nothing_else():
+    rows = torch.arange(80.0).reshape(80, 1)
+    acts = Activations.of_sides(rows[:40], rows[40:])
+    mixed = shuffled(acts, 0)
+    assert torch.equal(mixed.values[acts.site], acts.values[acts.site])
+    changed = mixed.rows.side != acts.rows.side
+    assert 20 < changed.sum() < 60
+    for item in set(acts.rows.item.tolist()):
+        assert len(set(changed[acts.rows.item == item].tolist())) == 1
+    assert np.array_equal(shuffled(acts, 0).rows.side, mixed.rows.side)
+    assert not np.array_equal(shuffled(acts, 1).rows.side, mixed.rows.side)
+    still = replace(acts, rows=replace(acts.rows, side=np.full(80, "unmoved")))
+    assert np.array_equal(shuffled(still, 0).rows.side, still.rows.side)
+
+
+def test_cells_are_plain_json(model, tmp_path):
+    whole = comparison(model, tmp_path, Contender.of("diffmean"))
+    whole.run()
+    (path,) = (tmp_path / "cells").iterdir()
+    json.loads(path.read_text(), parse_constant=pytest.fail)
