@@ -123,13 +123,7 @@ class Ridge(Steerer):
         mine = acts.where(behaviour=behaviour)
         if not {"source", "target"} <= set(mine.rows.side.tolist()):
             return _Rows.none(acts.widths[site])
-        weights(mine, behaviour)  # refuses weights that are not above 0
-        # The weight as a further column: a pair's mean of weight * row over its mean weight.
-        weight = torch.from_numpy(mine.rows.weight).float().unsqueeze(1)
-        values = torch.cat([mine.values[site] * weight, weight], 1)
-        sides = replace(mine, values={site: values}).pairs(site, behaviour)
-        source, target = (side[:, :-1].double() / side[:, -1:] for side in sides)
-        lighter = torch.minimum(sides[0][:, -1], sides[1][:, -1]).double()
+        source, target, lighter = weighted_pairs(mine, site, behaviour)
         still = mine.unmoved(site, behaviour).double()[: None if self.unmoved else 0]
         factor = torch.from_numpy(mine.rows.weight[mine.rows.side == "unmoved"])[: len(still)]
         return _Rows(
@@ -138,6 +132,24 @@ class Ridge(Steerer):
             torch.cat([lighter, self.unmoved * factor]),
             len(source),
         )
+
+
+def weighted_pairs(acts: Activations, site: Site, behaviour: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Source and target ``[n, d]`` of a behaviour's whole pairs, in float64, and weights ``[n]``.
+
+    Several tokens of a side are meaned by weight; a pair weighs as much as its lighter side.
+
+    Raises:
+        InputError: a weight that is not above 0.
+    """
+    mine = acts.where(behaviour=behaviour)
+    weights(mine, behaviour)  # refuses weights that are not above 0
+    # The weight as a further column: a pair's mean of weight * row over its mean weight.
+    weight = torch.from_numpy(mine.rows.weight).float().unsqueeze(1)
+    values = torch.cat([mine.values[site] * weight, weight], 1)
+    sides = replace(mine, values={site: values}).pairs(site, behaviour)
+    source, target = (side[:, :-1].double() / side[:, -1:] for side in sides)
+    return source, target, torch.minimum(sides[0][:, -1], sides[1][:, -1]).double()
 
 
 class _Rows(NamedTuple):
