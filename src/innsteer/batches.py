@@ -61,10 +61,13 @@ def rows_by_weight(acts: Activations, site: Site) -> Tensor:
     )
 
 
-def split_rows(acts: Activations, site: Site, holdout: float, seed: int) -> Batches:
+def split_items(acts: Activations, holdout: float, seed: int) -> tuple[Activations, Activations]:
     """Training rows and held-out rows: the validation part, else whole items of the training part.
 
     Items, not rows, are held out: two tokens of one answer are no independent evidence.
+
+    Raises:
+        InputError: no training rows.
     """
     train, held = acts.where(split="train"), acts.where(split="validation")
     if len(train) == 0:
@@ -73,6 +76,12 @@ def split_rows(acts: Activations, site: Site, holdout: float, seed: int) -> Batc
         kept_out = _drawn(train, holdout, seed)
         held = train.where(item=sorted(kept_out))
         train = train.where(item=sorted(set(train.rows.item.tolist()) - kept_out))
+    return train, held
+
+
+def split_rows(acts: Activations, site: Site, holdout: float, seed: int) -> Batches:
+    """The rows of a site and their weights, as ``split_items`` parts them."""
+    train, held = split_items(acts, holdout, seed)
     sources, targets = zip(*(train.sides(site, name) for name in acts.behaviours), strict=True)
     weight = list(zip(*(weights(train, name) for name in acts.behaviours), strict=True))
     held_rows = [

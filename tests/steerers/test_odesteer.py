@@ -219,12 +219,12 @@ def test_more_rows_than_components_give_the_same_optimum():
     source, target = torch.cat([source] * 2), torch.cat([target] * 2)
     ones = torch.ones(60, dtype=torch.float64)
     phi = torch.cat([small.features(side.double()) for side in (source, target)])
-    from innsteer.steerers.odesteer import _logistic
+    from innsteer.steerers.odesteer import logistic
 
     is_target = torch.arange(120) >= 60
-    plain = _logistic(phi, is_target, torch.cat([ones, ones]), 1.0)
+    plain = logistic(phi, is_target, torch.cat([ones, ones]), 1.0)
     padded = torch.cat([phi, torch.zeros(120, 100, dtype=torch.float64)], -1)
-    within = _logistic(padded, is_target, torch.cat([ones, ones]), 1.0)
+    within = logistic(padded, is_target, torch.cat([ones, ones]), 1.0)
     torch.testing.assert_close(within[0][:64], plain[0], rtol=0, atol=1e-6)
     torch.testing.assert_close(within[1], plain[1], rtol=0, atol=1e-6)
 

@@ -250,7 +250,7 @@ class ODESteer(Steerer):
         rows = torch.cat([source, target]).double()
         features = torch.cat([part.features(chunk) for chunk in torch.split(rows, CHUNK)])
         is_target = torch.arange(len(rows)) >= len(source)
-        weight, bias = _logistic(
+        weight, bias = logistic(
             features, is_target, torch.cat([source_weight, target_weight]), self.C
         )
         part.weight[row], part.bias[row] = weight, bias
@@ -274,10 +274,14 @@ def _unit(x: Tensor) -> Tensor:
     return x / norm.clamp_min(1e-12)
 
 
-def _logistic(
+def logistic(
     features: Tensor, is_target: Tensor, weight: Tensor, C: float
 ) -> tuple[Tensor, Tensor]:
     """L2-penalised logistic regression: coefficients ``[m]`` and intercept, in float64.
+
+    Args:
+        features: ``[n, m]``, float64. is_target: ``[n]``, booleans of both kinds.
+        weight: ``[n]``, each row counts as that many. C: inverse strength of the penalty, > 0.
 
     With fewer rows than features it is solved within the rows' span, where the solution lies: the
     penalty sees no other part.
