@@ -57,7 +57,8 @@ class ITI(Steerer):
     (``record(read="last")``).
 
     Attributes:
-        heads: how many to choose, K, at least 1; all where there are fewer.
+        heads: how many to choose, K, at least 1; all where there are fewer. The same number is more
+            of a small model: at 48 of 270 heads 15 standard deviations leave no language.
         head_width: dimensions of one head, which rows do not tell: ``head_dim`` of a model's
             config, often 64 or 128. Needed at sites ``LAYER.heads``; it must divide their width.
         alpha: length of the shift at strength 1 in standard deviations sigma, > 0; with alpha=1 a
