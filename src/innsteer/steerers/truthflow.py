@@ -14,6 +14,7 @@ from innsteer.errors import InputError
 from innsteer.readouts import Aims, aims
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions, Steerer, weights
+from innsteer.steerers.linear_act import percentile
 from innsteer.training import Lessons, teach
 
 # Cosines of the time that every layer sees.
@@ -112,8 +113,7 @@ class Corrected(Intervention):
         for row, velocity in enumerate(self.velocities):
             assert isinstance(velocity, Velocity)
             x = (h - self.mean[row].to(h.dtype)) * self.gain[row].to(h.dtype)
-            far = x.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-            x = x * (self.reach[row].to(h.dtype) / far).clamp_max(1)
+            x = within(x, self.reach[row])
             for step in range(self.steps):
                 time = torch.full_like(h[:, :1], step / self.steps)
                 half = x + velocity.displacement(x, time) / (2 * self.steps)
@@ -148,8 +148,9 @@ class TruthFlow(Steerer):
     stands for the question's. What it says of the answer is then in c too, with the other sign, and
     the flow learns to take it back. The map reads every steered token for itself, so it
     corrects anew at each. A single token stands farther out than the means of answers, 3 times as
-    far on a small model, and a correction there would be as much larger: a row beyond all source
-    rows (by its standardised distance from their mean) is read where its ray leaves their ball.
+    far on a small model, and a correction there would be as much larger: a row farther out
+    than 99 of 100 source rows (by the standardised distance from their mean) is read where its ray
+    leaves their ball.
 
     A flow carries one distribution into the other: where a row does not tell its correction, it
     gets a random looking one of the usual size, not their mean. ``diagnose`` says how much of
@@ -282,11 +283,34 @@ class TruthFlow(Steerer):
         return {"foretold": worst, "held_out": float(split == "validation")}
 
 
+def within(rows: Tensor, reach: Tensor) -> Tensor:
+    """Rows ``[n, d]``, shortened to the length ``reach`` where they are longer.
+
+    >>> within(torch.tensor([[0.0, 1.0], [6.0, 8.0]]), torch.tensor(5.0))
+    tensor([[0., 1.],
+            [3., 4.]])
+    """
+    length = rows.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    near: Tensor = rows * (reach.to(rows.dtype) / length).clamp_max(1)
+    return near
+
+
+def ball(rows: Tensor, weight: Tensor) -> Tensor:
+    """The length that 99 of 100 rows ``[n, d]`` stay within; weights ``[n]`` count rows.
+
+    >>> ball(torch.tensor([[3.0], [4.0], [90.0]]), torch.tensor([5.0, 5.0, 1e-9])).item()
+    4.0
+    """
+    length, order = rows.norm(dim=-1, keepdim=True).sort(0)
+    mass = weight[order.squeeze(1)]
+    return percentile(length, (mass / mass.sum()).unsqueeze(1), float(mass.sum()), 0.99)[0]
+
+
 def _prepare(part: Corrected, row: int, own: Aims) -> tuple[Tensor, Tensor]:
     """Set a behaviour's scales and directions; its standardised source rows and corrections."""
     source = own.rows - own.lifts / 2
-    mean, std = _scale(source, own.weight)
-    lift_mean, lift_std = _scale(own.lifts, own.weight)
+    mean, std = scale(source, own.weight)
+    lift_mean, lift_std = scale(own.lifts, own.weight)
     gain, lift_gain = (torch.where(each > 0, 1 / each, 0) for each in (std, lift_std))
     weighted = own.weight.sqrt().unsqueeze(1) * own.lifts
     main = torch.linalg.svd(weighted, full_matrices=False).Vh[: len(part.directions[row])]
@@ -294,11 +318,11 @@ def _prepare(part: Corrected, row: int, own: Aims) -> tuple[Tensor, Tensor]:
     part.lift_mean[row], part.lift_std[row] = lift_mean, lift_std
     part.directions[row, : len(main)] = main
     start = (source - mean) * gain
-    part.reach[row] = start.norm(dim=-1).max()
+    part.reach[row] = ball(start, own.weight)
     return start, (own.lifts - lift_mean) * lift_gain
 
 
-def _scale(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def scale(rows: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
     """Weighted mean and standard deviation by dimension; 0 where float32 could not tell it."""
     share = weight / weight.sum()
     mean = share @ rows
