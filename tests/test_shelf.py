@@ -60,7 +60,8 @@ def test_a_description_says_what_the_class_says(method):
     made = steerer.get(method["name"])
     kind = type(made)
     declared = {name for name in Steerer.__annotations__}
-    assert {"paper", "needs", "sites", "trained", "invertible", "across_tokens"} == declared
+    told = {"paper", "needs", "sites", "trained", "invertible", "across_tokens", "erases"}
+    assert told == declared
     for name in declared:
         said = list(kind.needs) if name == "needs" else getattr(kind, name)
         assert method[name] == said, name
@@ -97,6 +98,7 @@ def test_a_method_of_another_package_is_listed_described_and_made(plug):
         "trained": True,
         "invertible": False,
         "across_tokens": False,
+        "erases": False,
         "fields": ["dial"],
     }
     assert "outside_impl" not in sys.modules  # described without being imported

@@ -88,6 +88,43 @@ class Affine(Intervention):
         return (coef.unsqueeze(-1) * (moves + self.shifts.to(h.dtype))).sum(1)
 
 
+class SetPoint(Intervention):
+    """h' = h + sum_k coef_k (levels_k - reads_k . (h - centres_k)) writes_k: a coordinate each.
+
+    With ``reads_k . writes_k`` = 1, strength 1 sets behaviour k's coordinate to its level, whatever
+    it was; between 0 and 1 it goes that share of the way, and -s mirrors s.
+
+    Args:
+        width: d. k: number of behaviours.
+
+    ``reads``, ``writes`` and ``centres`` are ``[k, d]``, ``levels`` ``[k]``. A centre near the rows
+    keeps large means out of the sum.
+
+    >>> point = SetPoint(2)
+    >>> point.reads[0, 0], point.writes[0, 0], point.levels[0] = 1, 1, 5
+    >>> point(torch.tensor([[2.0, 3.0], [9.0, 3.0]]), torch.ones(2, 1)).tolist()
+    [[5.0, 3.0], [5.0, 3.0]]
+    """
+
+    reads: Tensor
+    writes: Tensor
+    centres: Tensor
+    levels: Tensor
+
+    def __init__(self, width: int, k: int = 1) -> None:
+        super().__init__()
+        self.width = width
+        for name in ("reads", "writes", "centres"):
+            self.register_buffer(name, torch.zeros(k, width))
+        self.register_buffer("levels", torch.zeros(k))
+
+    def displacement(self, h: Tensor, coef: Tensor) -> Tensor:
+        """sum_k coef_k (levels_k - reads_k . (h - centres_k)) writes_k."""
+        apart = h.unsqueeze(1) - self.centres.to(h.dtype)
+        missing = self.levels.to(h.dtype) - (apart * self.reads.to(h.dtype)).sum(-1)
+        return (coef * missing) @ self.writes.to(h.dtype)
+
+
 class Latent(Intervention):
     """h' = h + g(step(f(h), coef)) - g(f(h)), with f a flow and g its inverse.
 

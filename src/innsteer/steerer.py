@@ -195,7 +195,9 @@ class Steerer(ABC):
 
     Class variables describe the method for people and tools; they are literals, because the shelf
     is read without importing it. ``needs`` is any of ``pairs``, ``classes``, ``unmoved`` (rows that
-    stand among those that seek the target), ``gradients`` (target-seeking rows), ``model``.
+    stand among those that seek the target), ``gradients`` (target-seeking rows), ``model``. A
+    method that ``erases`` takes away what tells the sides apart at strength 1, where others carry
+    source to target.
     """
 
     paper: ClassVar[str]
@@ -204,6 +206,7 @@ class Steerer(ABC):
     trained: ClassVar[bool] = False
     invertible: ClassVar[bool] = False
     across_tokens: ClassVar[bool] = False
+    erases: ClassVar[bool] = False
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ from innsteer import shelf, steerer
 from innsteer.activations import Activations, Rows
 from innsteer.errors import InputError
 from innsteer.flows import Flow, coupling_stack
-from innsteer.interventions import Shift
+from innsteer.interventions import SetPoint, Shift
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions, Steerer
 from innsteer.steering import Steering
@@ -295,6 +295,20 @@ def law_strength_points_from_each_source_to_its_target(
     assert left(-1) > 1.2, "strength -1 does not lead away"
 
 
+def law_strength_one_makes_the_sides_alike(part: Intervention, source: Tensor, target: Tensor):
+    """What erases, on both sides: strength 1 closes most of their means' gap, -1 widens it."""
+    ones = torch.ones(len(source), 1)
+    gap = target.mean(0) - source.mean(0)
+
+    def left(strength: float) -> float:
+        """The share of the gap that is left, along it."""
+        apart = part(target, strength * ones).mean(0) - part(source, strength * ones).mean(0)
+        return float(apart @ gap / (gap @ gap))
+
+    assert abs(left(1)) < 0.4, "strength 1 leaves the sides apart"
+    assert left(-1) > 1.2, "strength -1 does not drive them apart"
+
+
 def law_row_weights_count(method: Steerer, acts: Activations):
     """Far rows turn the edit less the less they weigh; in closed form 2 is as good as twice."""
 
@@ -418,6 +432,8 @@ def test_strength_points_from_source_to_target(name):
     acts, law = given(name), law_strength_points_from_source_to_target
     if name in CONDITIONAL:
         law = law_strength_points_from_each_source_to_its_target
+    elif METHODS[name]["erases"]:
+        law = law_strength_one_makes_the_sides_alike
     for site, part in fitted(name, 1).interventions.items():
         law(part, *acts.sides(site))
 
@@ -666,6 +682,19 @@ def test_the_law_of_the_arrow_catches_a_turned_sign():
     part.shifts[0] = source.mean(0) - target.mean(0)
     with pytest.raises(AssertionError, match="reach"):
         law_strength_points_from_source_to_target(part, source, target)
+
+
+def test_the_law_of_erasing_catches_a_shift_of_both_sides_and_a_turned_sign():
+    acts = recording().at(Site(1))
+    source, target = acts.sides(acts.site)
+    part, shift = SetPoint(7), Shift(7)
+    shift.shifts[0] = target.mean(0) - source.mean(0)
+    part.reads[0] = part.writes[0] = torch.nn.functional.normalize(shift.shifts[0], dim=0)
+    law_strength_one_makes_the_sides_alike(part, source, target)
+    part.writes.neg_()
+    for broken in (part, shift):
+        with pytest.raises(AssertionError, match="leaves the sides"):
+            law_strength_one_makes_the_sides_alike(broken, source, target)
 
 
 @pytest.mark.parametrize(
