@@ -13,6 +13,8 @@ from innsteer.interventions import Affine
 from innsteer.site import Site
 from innsteer.steerer import Interventions, Steerer, side_means, weights
 
+Shrinkage = float | Literal["oas", "ledoit-wolf"]
+
 
 @dataclass(frozen=True)
 class MiMiC(Steerer):
@@ -71,14 +73,10 @@ class MiMiC(Steerer):
     sites: ClassVar[str] = "any"
     trained: ClassVar[bool] = False
 
-    shrinkage: float | Literal["oas", "ledoit-wolf"] = "oas"
+    shrinkage: Shrinkage = "oas"
 
     def __post_init__(self) -> None:
-        if isinstance(self.shrinkage, str):
-            if self.shrinkage not in ESTIMATES:
-                raise UnknownName("estimate of shrinkage", self.shrinkage, tuple(ESTIMATES))
-        elif not 0 <= self.shrinkage <= 1:
-            raise InputError(f"shrinkage={self.shrinkage}", expected="between 0 and 1")
+        check_shrinkage(self.shrinkage)
 
     def build(
         self, widths: Mapping[Site, int], k: int = 1, sizes: Mapping[str, int] = {}
@@ -98,25 +96,16 @@ class MiMiC(Steerer):
                 sides = train.sides(site, behaviour)
                 counts = weights(train, behaviour)
                 apart = [rows.double() - mean for rows, mean in zip(sides, means, strict=True)]
-                source, target = map(self._covariance, apart, counts)
+                source, target = (
+                    covariance(rows, weight, self.shrinkage)
+                    for rows, weight in zip(apart, counts, strict=True)
+                )
                 # What float32 rows cannot resolve beside their mean is no variation.
                 live = apart[0].abs().amax(0) > 1e-6 * means[0].abs()
                 part.centres[row] = means[0]
                 part.residuals[row] = self._residual(source, target, live, site)
                 part.shifts[row] = means[1] - means[0]
         return fitted
-
-    def _covariance(self, apart: Tensor, weight: Tensor) -> Tensor:
-        """The shrunk covariance ``[d, d]`` of centred rows."""
-        spread = (weight @ apart.square() / weight.sum()).sqrt()
-        unit = apart / torch.where(spread > 0, spread, 1)
-        correlation = (unit.mT * weight) @ unit / weight.sum()
-        shrinkage = self.shrinkage
-        if isinstance(shrinkage, str):
-            shrinkage = ESTIMATES[shrinkage](unit, correlation, weight)
-        shrunk = (1 - shrinkage) * correlation
-        shrunk.diagonal().add_(shrinkage)
-        return spread.unsqueeze(1) * shrunk * spread
 
     def _residual(self, source: Tensor, target: Tensor, live: Tensor, site: Site) -> Tensor:
         """A - I in the dimensions in which the source varies, 0 in the others."""
@@ -173,6 +162,33 @@ ESTIMATES: dict[str, Callable[[Tensor, Tensor, Tensor], float]] = {
     "oas": oas,
     "ledoit-wolf": ledoit_wolf,
 }
+
+
+def check_shrinkage(shrinkage: Shrinkage) -> None:
+    """Whether ``covariance`` can take it; InputError or UnknownName if not."""
+    if isinstance(shrinkage, str):
+        if shrinkage not in ESTIMATES:
+            raise UnknownName("estimate of shrinkage", shrinkage, tuple(ESTIMATES))
+    elif not 0 <= shrinkage <= 1:
+        raise InputError(f"shrinkage={shrinkage}", expected="between 0 and 1")
+
+
+def covariance(apart: Tensor, weight: Tensor, shrinkage: Shrinkage) -> Tensor:
+    """The covariance ``[d, d]`` of centred rows ``[n, d]``, its correlations shrunk towards 0.
+
+    >>> rows = torch.tensor([[1.0, 2.0], [-1.0, -2.0]])
+    >>> covariance(rows, torch.ones(2), 0.5)
+    tensor([[1., 1.],
+            [1., 4.]])
+    """
+    spread = (weight @ apart.square() / weight.sum()).sqrt()
+    unit = apart / torch.where(spread > 0, spread, 1)
+    correlation = (unit.mT * weight) @ unit / weight.sum()
+    if isinstance(shrinkage, str):
+        shrinkage = ESTIMATES[shrinkage](unit, correlation, weight)
+    shrunk = (1 - shrinkage) * correlation
+    shrunk.diagonal().add_(shrinkage)
+    return spread.unsqueeze(1) * shrunk * spread
 
 
 def gaussian_map(source: Tensor, target: Tensor) -> Tensor:
