@@ -139,15 +139,13 @@ def test_with_alpha_both_means_go_to_that_level(alpha):
 
 def test_fewer_rows_than_dimensions_and_a_dimension_that_stands_still():
     source, target = draw(15, 40), draw(15, 40, 1) + 1
-    source[:, 3] = target[:, 3] = 8192.25
+    for side in (source, target):  # the last bit of float32 is no variation
+        side[:, 3] = 8192 + (side[:, 3] > 0.5) * 2**-10
     acts = Activations.of_sides(source.float(), target.float())
-    acts.rows.weight[:] = torch.linspace(1, 2, 30).numpy()  # means of equal numbers then round
     for shrinkage in ("oas", "ledoit-wolf", 0.0):
         part = Leace(shrinkage=shrinkage).fit(acts)[acts.site].double()
         assert part.reads[0, 3] == part.writes[0, 3] == 0
-        weight = torch.linspace(1, 2, 30).double()
-        gap = weight[15:] @ erase(part, target) / weight[15:].sum()
-        gap = gap - weight[:15] @ erase(part, source) / weight[:15].sum()
+        gap = erase(part, target).mean(0) - erase(part, source).mean(0)
         assert gap.abs().max() < 1e-3
         assert float(part.reads.norm() * part.writes.norm()) < 10
 
