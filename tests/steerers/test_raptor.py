@@ -11,8 +11,9 @@ from torch import Tensor
 
 from innsteer.activations import Activations
 from innsteer.errors import InputError
+from innsteer.interventions import SetPoint
 from innsteer.steerers.iti import labelled
-from innsteer.steerers.raptor import RAPTOR, Reach, ridge_probe
+from innsteer.steerers.raptor import RAPTOR, ridge_probe
 
 
 def draw(n: int, d: int, seed: int = 0) -> Tensor:
@@ -38,8 +39,9 @@ def ones(rows: Tensor, strength: float = 1.0) -> Tensor:
 
 def test_the_sheets_row_moves_by_its_least_step():
     # w = (3, 4), b = 0, p = 0.9: ln 9 / 5 along (0.6, 0.8).
-    part = Reach(2)
-    part.units.copy_(torch.tensor([[0.6, 0.8]]))
+    part = SetPoint(2)
+    part.reads.copy_(torch.tensor([[0.6, 0.8]]))
+    part.writes.copy_(part.reads)
     part.levels.fill_(math.log(9) / 5)
     moved = part(torch.zeros(1, 2), torch.ones(1, 1))[0]
     torch.testing.assert_close(moved, torch.tensor([0.2637, 0.3516]), rtol=0, atol=1e-4)
@@ -90,7 +92,7 @@ def test_isotropic_rows_give_the_difference_of_means_and_others_fishers_directio
     for mix, expected in ((torch.eye(2).double(), [1.0, 0.0]), (root, [0.781, -0.625])):
         source, target = draw(4000, 2) @ mix.mT - gap, draw(4000, 2, 1) @ mix.mT + gap
         acts = Activations.of_sides(source, target)
-        unit = RAPTOR(grid=(1.0,)).fit(acts)[acts.site].units[0]
+        unit = RAPTOR(grid=(1.0,)).fit(acts)[acts.site].reads[0]
         torch.testing.assert_close(unit, torch.tensor(expected), rtol=0, atol=0.04)
 
 
@@ -149,7 +151,7 @@ def test_a_dimension_without_variation_is_left_alone():
     acts = overlapping()
     acts.values[acts.site][:, 2] = 8192.25
     part = RAPTOR().fit(acts)[acts.site]
-    assert part.units[0, 2] == 0 and part.units[0].norm() == pytest.approx(1)
+    assert part.reads[0, 2] == 0 and part.reads[0].norm() == pytest.approx(1)
 
 
 def test_sides_of_one_mean_are_refused():

@@ -11,41 +11,11 @@ from torch import Tensor
 from innsteer.activations import Activations
 from innsteer.batches import split_items
 from innsteer.errors import InputError
+from innsteer.interventions import SetPoint
 from innsteer.site import Site
-from innsteer.steerer import Intervention, Interventions, Steerer, side_means
+from innsteer.steerer import Interventions, Steerer, side_means
 from innsteer.steerers.iti import labelled
 from innsteer.steerers.odesteer import logistic
-
-
-class Reach(Intervention):
-    """h' = h + sum_k coef_k (levels_k - u_k . h) u_k: set the coordinate along a unit vector.
-
-    Args:
-        width: d. k: number of behaviours.
-
-    ``units`` ``[k, d]`` have norm 1; ``levels`` ``[k]`` are in activation units. Strength 1 lands
-    on the level from both sides.
-
-    >>> reach = Reach(2)
-    >>> reach.units.copy_(torch.tensor([[0.6, 0.8]])), reach.levels.fill_(5)
-    (tensor([[0.6000, 0.8000]]), tensor([5.]))
-    >>> reach(torch.zeros(1, 2), torch.ones(1, 1))
-    tensor([[3., 4.]])
-    """
-
-    units: Tensor
-    levels: Tensor
-
-    def __init__(self, width: int, k: int = 1) -> None:
-        super().__init__()
-        self.width = width
-        self.register_buffer("units", torch.zeros(k, width))
-        self.register_buffer("levels", torch.zeros(k))
-
-    def displacement(self, h: Tensor, coef: Tensor) -> Tensor:
-        """What is missing to each level, times its unit vector."""
-        units = self.units.to(h.dtype)
-        return (coef * (self.levels.to(h.dtype) - h @ units.mT)) @ units
 
 
 class Probe(NamedTuple):
@@ -70,7 +40,7 @@ class RAPTOR(Steerer):
     often on held-out rows; of equal ones the one with the least log-loss there. Held out is the
     validation part, or a share of the training part's items; the final probe is fitted on all
     training rows. Closed form but for the regressions, which are convex. Pairing does not matter,
-    row weights count. The artifact is d + 1 floats per site and behaviour.
+    row weights count. The artifact is 3 d + 1 floats per site and behaviour.
 
     At strength 1 every row has the probability p: one that has more is pulled back. Strength s goes
     the share s of the way, -s the same away, which does not undo it. What a probe finds easy says
@@ -128,7 +98,7 @@ class RAPTOR(Steerer):
         self, widths: Mapping[Site, int], k: int = 1, sizes: Mapping[str, int] = {}
     ) -> Interventions:
         """Zeros of the right shapes."""
-        return Interventions({site: Reach(width, k) for site, width in widths.items()})
+        return Interventions({site: SetPoint(width, k) for site, width in widths.items()})
 
     def fit(self, acts: Activations, *, seed: int = 0) -> Interventions:
         """Fitted in float64, stored in float32; the seed draws what is held out."""
@@ -136,13 +106,15 @@ class RAPTOR(Steerer):
         train = acts.where(split="train")
         for site in acts.sites:
             part = fitted[site]
-            assert isinstance(part, Reach)
+            assert isinstance(part, SetPoint)
             for row, behaviour in enumerate(acts.behaviours):
                 probe = self.probe(acts, site, behaviour, seed=seed)
                 norm = probe.weight.norm()
                 source, target = side_means(train, site, behaviour)
                 apart = target - source
-                part.units[row] = unit = probe.weight / norm
+                unit = probe.weight / norm
+                part.reads[row] = part.writes[row] = unit
+                part.centres[row] = source
                 # Above 0 for any probe that has learned something, as the loss is convex.
                 if not (along := apart @ unit) > 0:
                     raise InputError(
@@ -151,9 +123,10 @@ class RAPTOR(Steerer):
                         expected="sides that differ on the mean",
                     )
                 if self.p is None:
-                    part.levels[row] = source @ unit + apart.square().sum() / along
+                    part.levels[row] = apart.square().sum() / along
                 else:
-                    part.levels[row] = (math.log(self.p / (1 - self.p)) - probe.bias) / norm
+                    wanted = math.log(self.p / (1 - self.p)) - probe.log_odds(source)
+                    part.levels[row] = wanted / norm
         return fitted
 
     def probe(self, acts: Activations, site: Site, behaviour: str, *, seed: int = 0) -> Probe:
