@@ -156,8 +156,9 @@ class TruthFlow(Steerer):
     gets a random looking one of the usual size, not their mean. ``diagnose`` says how much of
     held-out corrections is foretold.
 
-    Both ends are standardised by dimension before the flow, weighted; the authors put batch
-    normalisation into the network instead, and train it at AdamW 1e-4 with a warm-up in batches of
+    Both ends are standardised by dimension before the flow, weighted; their code
+    (a public copy: https://github.com/ilatims-b/Viveka, Mod_TruthFlow) has batch normalisation in
+    the network instead, and trains at AdamW 1e-4 with a warm-up in batches of
     136 on all pairs. Here the network is a plain UNet of as many levels, and the trainer that all
     methods share holds pairs out and keeps the best epoch: some hundred pairs are few beside about
     2.7 d^2 weights (4 bytes each, per site and behaviour; 0.9 million at d = 576). Each pair is
