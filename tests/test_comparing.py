@@ -68,6 +68,8 @@ def test_every_method_of_the_shelf_contends_on_all_that_it_can_be_fitted_on():
         ({"method": "loreft", "input": "target"}, InputError, "expected 'model'"),
         ({"method": "gated", "input": "classes"}, InputError, "expected 'target'"),
         ({"method": "unsteered", "input": "classes"}, InputError, "expected neither"),
+        ({"method": "diffmean", "alone": True}, InputError, "a rule of its own among layers"),
+        ({"method": "iti", "input": "target"}, InputError, "expected 'classes'"),
     ],
 )
 def test_a_contender_that_cannot_be_is_refused(how, error, said):
@@ -174,6 +176,23 @@ def test_every_contender_gets_the_same_evaluations_and_all_are_tested(model, tmp
     tables = standings(whole.found(), against="diffmean")
     assert len(tables) == 2 and len(tables[0].rows) == 6
     assert whole.plan()["seconds"] == 0
+
+
+def test_a_rule_of_its_own_among_layers_is_kept_and_has_a_form_at_one(model, tmp_path):
+    rows = [Contender.of("iti", heads=2), Contender.of("iti", heads=2, alone=True)]
+    rows += [Contender.of("selective"), Contender.of("selective", "target", alone=True)]
+    whole = comparison(model, tmp_path, *rows)
+    whole.run()
+    iti, one, every, last = whole.found()
+    depth = len(model.layout.blocks)
+    assert iti["contender"] == "iti heads=2" and one["contender"] == "iti heads=2 at one layer"
+    assert iti["fits"] == 1 and 1 <= len(iti["sites"]) <= 2
+    assert all(site.endswith(".heads") for site in iti["sites"] + one["sites"])
+    assert one["fits"] == 3 and len(one["sites"]) == 1
+    assert every["sites"] == [f"{n}.residual" for n in range(depth)]
+    assert last["fits"] == 3 and len(last["sites"]) == 1
+    for record in (iti, one, every, last):
+        assert len(record["evaluations"]) == 9 and record["tested"]["both"]["items"]["alignment"]
 
 
 def test_an_interrupted_comparison_goes_on_and_measures_nothing_twice(model, tmp_path):

@@ -580,7 +580,7 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME[,input=target][,field=value ...], once for each; default: all methods.",
+            help="NAME[,input=target][,at=one-layer][,field=value ...], once each; default: all.",
             autocompletion=completing.methods,
         ),
     ] = None,
@@ -1044,14 +1044,16 @@ def _contrast(data: str) -> Any:
 
 
 def _contender(text: str) -> Any:
-    """A row of a comparison: NAME[,input=target][,field=value ...]."""
+    """A row of a comparison: NAME[,input=target][,at=one-layer][,field=value ...]."""
     from innsteer import comparing
 
     name, *pairs = text.split(",")
     given = dict(_pair(one, f"--method {text!r}") for one in pairs)
-    where = given.pop("input", "")
+    where, place = given.pop("input", ""), given.pop("at", "")
+    if place not in ("", "one-layer"):
+        raise InputError(f"at={place} in --method {text!r}", expected="at=one-layer")
     fields = _fields(name, [f"{key}={value}" for key, value in given.items()])
-    return comparing.Contender.of(name, where, **fields)
+    return comparing.Contender.of(name, where, alone=bool(place), **fields)
 
 
 def _pair(text: str, option: str) -> tuple[str, str]:

@@ -25,7 +25,7 @@ from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InnsteerError, InputError, UnknownName
 from innsteer.figures import PROMPT_ONLY, RANDOM, UNSTEERED
 from innsteer.files import canonical, read_json, write_json
-from innsteer.fitting import fit_rows, fit_run, record_parts, through
+from innsteer.fitting import fit_rows, fit_run, own_sites, record_parts, through
 from innsteer.interventions import Edit, Shift
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Where
@@ -54,30 +54,44 @@ class Contender:
         input: ``classes`` (recorded rows, as published), ``target`` (rows that seek the target),
             ``model`` (a fit through it); columns that no ranking mixes.
         fields: of the method.
+        alone: at one layer, where the method has a rule of its own among all of them.
     """
 
     method: str
     input: Input = ""
     fields: Mapping[str, Any] = field(default_factory=dict)
+    alone: bool = False
 
     @classmethod
-    def of(cls, method: str, input: str = "", **fields: Any) -> "Contender":  # noqa: A002
+    def of(
+        cls,
+        method: str,
+        input: str = "",  # noqa: A002
+        *,
+        alone: bool = False,
+        **fields: Any,
+    ) -> "Contender":
         """A contender whose fields are valid and whose input suits it; default: as published.
 
         Raises:
             UnknownName: no such method or field. InputError: an input that it cannot take.
         """
         if method in (*PLAIN, RANDOM, SHUFFLED):
-            if input or fields:
+            if input or fields or alone:
                 raise InputError(f"{method!r} with an input or fields", expected="neither")
             return cls(method)
-        usual = inputs(get(method, **fields))
+        steerer = get(method, **fields)
+        if alone and steerer.sites == "any":
+            raise InputError(
+                f"{method!r} at one layer", expected="a method with a rule of its own among layers"
+            )
+        usual = inputs(steerer)
         chosen = input or usual[0]
         if chosen not in usual:
             raise InputError(
                 f"input {chosen!r} for {method!r}", expected=" or ".join(map(repr, usual))
             )
-        return cls(method, chosen, fields)
+        return cls(method, chosen, fields, alone)
 
     @property
     def name(self) -> str:
@@ -87,7 +101,8 @@ class Contender:
         'ridge grid=[1.0] on target'
         """
         own = [f"{key}={value}" for key, value in self.fields.items()]
-        return " ".join([self.method, *own]) + (" on target" if self.input == "target" else "")
+        name = " ".join([self.method, *own]) + (" on target" if self.input == "target" else "")
+        return name + (" at one layer" if self.alone else "")
 
     @property
     def dialled(self) -> bool:
@@ -105,6 +120,8 @@ def inputs(steerer: Steerer) -> tuple[Input, ...]:
     """What a method can be fitted on, as published first."""
     if steerer.through:
         return ("model",)
+    if steerer.sites == "heads":
+        return ("classes",)  # what seeks the target is made at the outputs of blocks
     return ("target",) if "unmoved" in steerer.needs else ("classes", "target")
 
 
@@ -114,16 +131,18 @@ def always() -> list[Contender]:
 
 
 def contenders(tasks: Sequence[Contrast]) -> list[Contender]:
-    """Every method of the shelf on every input that it takes.
+    """Every method of the shelf on every input that it takes; one with a rule among layers twice.
 
     Rows that seek the target are taken where all tasks are choices.
     """
-    found = []
+    found: list[Contender] = []
     choices = all(task.kind == "choice" for task in tasks)
     for name in shelf.names():
         found += [
             Contender.of(name, one) for one in inputs(get(name)) if choices or one != "target"
         ]
+        if get(name).sites != "any":
+            found.append(Contender.of(name, alone=True))
     if choices:
         found.append(Contender.of("innsteer", objective="target"))
     return found
@@ -308,7 +327,7 @@ class Comparison:
         contender = cell.contender
         steerer = vars(contender.steerer) if contender.dialled else {}
         key = {
-            "contender": [contender.method, contender.input, steerer],
+            "contender": [contender.method, contender.input, steerer, contender.alone],
             "task": [cell.task.behaviour, cell.task.hash],
             "seed": cell.seed,
             "model": asdict(self.backend.model.fingerprint),
@@ -416,30 +435,32 @@ class _Task:
         self, backend: HF, contrast: Contrast, protocol: Protocol, instruction: str
     ) -> None:
         self.backend, self.contrast, self.protocol = backend, contrast, protocol
-        self.sites = [Site(layer) for layer in sorted(protocol.layers)]
+        self.sites = tuple(Site(layer) for layer in sorted(protocol.layers))
         for site in self.sites:
             backend.model.layout.at(site)
         self.suite = suites.load(contrast, instruction=instruction)
         held = contrast.part("validation")
         self._held = held.subset(min(len(held), protocol.items), 0)
-        self._meters: dict[str, Meter] = {}
+        self._meters: dict[tuple[str, tuple[Site, ...]], Meter] = {}
+        self._rows: dict[tuple[Input, tuple[Site, ...]], Activations] = {}
 
     # What is unsteered, kept ------------------------------------------------------------------
 
-    @cached_property
-    def _classes(self) -> Activations:
-        return record_parts(self.backend, self.contrast, self.sites)
+    def _acts(self, input: Input, sites: tuple[Site, ...]) -> Activations:  # noqa: A002
+        """Rows of some sites, recorded (or made to seek the target) once."""
+        if (input, sites) not in self._rows:
+            self._rows[input, sites] = (
+                through(self.backend, self.contrast, sites).rows()
+                if input == "target"
+                else record_parts(self.backend, self.contrast, sites)
+            )
+        return self._rows[input, sites]
 
-    @cached_property
-    def _target(self) -> Activations:
-        return through(self.backend, self.contrast, self.sites).rows()
-
-    def _meter(self, name: str, site: Site | None = None) -> Meter:
-        """A meter by its name; of one site, or (the large ones) of all, cut at the lowest."""
-        key = f"{name} {site}"
-        if key not in self._meters:
-            self._meters[key] = self._make(name, [site] if site else self.sites)
-        return self._meters[key]
+    def _meter(self, name: str, sites: tuple[Site, ...]) -> Meter:
+        """A meter by its name; cut at the lowest of some sites."""
+        if (name, sites) not in self._meters:
+            self._meters[name, sites] = self._make(name, sites)
+        return self._meters[name, sites]
 
     def _make(self, name: str, sites: Sequence[Site]) -> Meter:
         what, _, part = name.partition(" ")
@@ -468,19 +489,22 @@ class _Task:
         if not cell.contender.dialled:
             return self._undialled(cell.contender)
         started = time.perf_counter()
-        fitted = {site: self._fit(cell, site) for site in self.sites}
+        fitted = {sites: self._fit(cell, sites) for sites in self._places(cell.contender)}
         fit_seconds = time.perf_counter() - started
         started = time.perf_counter()
         searches = self._search(fitted)
-        ((site, search),) = searches.items()
+        ((sites, search),) = searches.items()
         found: dict[str, Any] = {
-            "layer": site.layer,
+            "layer": sites[0].layer,
+            "sites": [str(site) for site in fitted[sites]],
             "fits": len(fitted),
             "fit_seconds": fit_seconds,
-            "bytes": sum(t.numel() * t.element_size() for t in fitted[site].state_dict().values()),
+            "bytes": sum(t.numel() * t.element_size() for t in fitted[sites].state_dict().values()),
             "tested": {},
         }
-        edit = _edits(fitted[site])
+        edit = _edits(fitted[sites])
+        # The large meters serve all candidates, cut at the lowest.
+        whole = min(self.sites, sites)
         for half in HALVES if self._in_format else HALVES[:1]:
             best = search.best(half)
             if best is None:
@@ -488,46 +512,58 @@ class _Task:
                     f"no strength within {self.protocol.budget} nats in "
                     f"{self.protocol.evaluations} evaluations"
                 )
-            checks = {"neutral_cost": self._meter("check validation")}
+            checks = {"neutral_cost": self._meter("check validation", whole)}
             if half == "both":
-                checks["in_format_cost"] = self._meter("in_format validation", site)
+                checks["in_format_cost"] = self._meter("in_format validation", sites)
             strength = within(checks, edit, best.strength, self.protocol.budget, silent)
-            found["tested"][half] = self._tested([edit(strength)]) | {"strength": strength}
+            tested = self._tested([edit(strength)], whole)
+            found["tested"][half] = tested | {"strength": strength}
         found["evaluations"] = [e._asdict() for e in self._evaluated]
         found["search_seconds"] = time.perf_counter() - started
         return found
 
-    def _fit(self, cell: Cell, site: Site) -> Interventions:
+    def _places(self, contender: Contender) -> list[tuple[Site, ...]]:
+        """Where a contender is fitted: each candidate layer, or all sites of its own rule."""
+        own = own_sites(self.backend.model, contender.steerer)
+        if own and contender.alone:
+            return [(own[site.layer],) for site in self.sites]
+        return [own] if own else [(site,) for site in self.sites]
+
+    def _fit(self, cell: Cell, sites: tuple[Site, ...]) -> Interventions:
         contender, where = cell.contender, Where()
         if contender.method == RANDOM:
-            return self._random(site, cell.seed)
+            return self._random(sites[0], cell.seed)
         steerer = contender.steerer
         if contender.input == "model":
-            run = through(self.backend, self.contrast, [site], reworded=steerer.rewords)
+            run = through(self.backend, self.contrast, sites, reworded=steerer.rewords)
             return fit_run(
                 self.backend, steerer, run, self.contrast, where=where, seed=cell.seed
             ).interventions
-        acts = (self._target if contender.input == "target" else self._classes).at(site)
+        # The candidates are recorded in one pass.
+        together = self.sites if set(sites) <= set(self.sites) else sites
+        acts = self._acts(contender.input or "classes", together).at(*sites)
         if contender.method == SHUFFLED:
             acts = shuffled(acts, cell.seed)
         return fit_rows(self.backend, steerer, acts, where=where, seed=cell.seed).interventions
 
     def _random(self, site: Site, seed: int) -> Interventions:
         """A random direction as long as the difference of means."""
-        source, target = self._classes.sides(site)
+        source, target = self._acts("classes", self.sites).sides(site)
         shift = Shift(source.shape[1])
         drawn = torch.randn(shift.width, generator=torch.Generator().manual_seed(seed))
         shift.shifts[0] = drawn / drawn.norm() * (target.mean(0) - source.mean(0)).norm()
         return Interventions({site: shift})
 
-    def _search(self, fitted: Mapping[Site, Interventions]) -> dict[Site, Search]:
+    def _search(
+        self, fitted: Mapping[tuple[Site, ...], Interventions]
+    ) -> dict[tuple[Site, ...], Search]:
         """The layer that is left after successive halving, with its strengths."""
         half: Half = "both" if self._in_format else "neutral"
         budget, left = self.protocol.budget, self.protocol.evaluations
         self._evaluated: list[Evaluation] = []
         searches = {
-            site: Search(self._evaluate(site, _edits(maps)), budget)
-            for site, maps in fitted.items()
+            sites: Search(self._evaluate(sites, _edits(maps)), budget)
+            for sites, maps in fitted.items()
         }
         rounds = (len(searches) - 1).bit_length() + 1
         for n in range(rounds - 1):
@@ -538,29 +574,31 @@ class _Task:
             left -= each * len(searches)
             kept = sorted(
                 searches,
-                key=lambda site: best.control if (best := searches[site].best(half)) else -1.0,
+                key=lambda at: best.control if (best := searches[at].best(half)) else -1.0,
                 reverse=True,
             )[: -(-len(searches) // 2)]
-            searches = {site: searches[site] for site in sorted(kept)}
+            searches = {sites: searches[sites] for sites in sorted(kept)}
         (search,) = searches.values()
         for n in range(left):
             search.step(half if n % 2 == 0 else "neutral")
         return searches
 
-    def _evaluate(self, site: Site, edit: Callable[[float], Edit]) -> Callable[[float], Evaluation]:
+    def _evaluate(
+        self, sites: tuple[Site, ...], edit: Callable[[float], Edit]
+    ) -> Callable[[float], Evaluation]:
         def evaluate(strength: float) -> Evaluation:
             edits = [edit(strength)]
-            scored = control(self._meter("control validation", site)(edits), self._held)
+            scored = control(self._meter("control validation", sites)(edits), self._held)
             gain = metrics.get(control_metric(self._held)).score(scored)
-            cost = metrics.get("neutral_cost").score(self._meter("search validation", site)(edits))
+            cost = metrics.get("neutral_cost").score(self._meter("search validation", sites)(edits))
             assert gain is not None and cost is not None
             bare = 0.0
             if self._in_format:
-                made = self._meter("in_format validation", site)(edits, kind="in_format")
+                made = self._meter("in_format validation", sites)(edits, kind="in_format")
                 own = metrics.get("in_format_cost").score(made)
                 assert own is not None
                 bare = own.value
-            found = Evaluation(site.layer, strength, gain.value, cost.value, bare)
+            found = Evaluation(sites[0].layer, strength, gain.value, cost.value, bare)
             self._evaluated.append(found)
             return found
 
@@ -571,10 +609,12 @@ class _Task:
     def _undialled(self, contender: Contender) -> dict[str, Any]:
         """The plain model, or the model asked to."""
         asked = self.suite.instruction if contender.method == PROMPT_ONLY else ""
-        half = self._tested([], asked)
+        half = self._tested([], self.sites, asked)
         return {"tested": dict.fromkeys(HALVES if self._in_format else HALVES[:1], half)}
 
-    def _tested(self, edits: Sequence[Edit], instruction: str = "") -> dict[str, Any]:
+    def _tested(
+        self, edits: Sequence[Edit], sites: tuple[Site, ...], instruction: str = ""
+    ) -> dict[str, Any]:
         """Figures of the test part: items by metric, costs, answers."""
 
         def measure(meter: Meter, kind: Any = "neutral") -> list[Completion]:
@@ -583,10 +623,10 @@ class _Task:
             return meter(edits, kind=kind) if edits else meter.unsteered(kind=kind)
 
         test = self.contrast.part("test")
-        made = control(measure(self._meter("control test")), test)
-        made += measure(self._meter("check test"))
+        made = control(measure(self._meter("control test", sites)), test)
+        made += measure(self._meter("check test", sites))
         if self._in_format:
-            made += measure(self._meter("in_format test"), "in_format")
+            made += measure(self._meter("in_format test", sites), "in_format")
         prompts = self.suite.prompts[: self.protocol.answers]
         if instruction:
             prompts = tuple(

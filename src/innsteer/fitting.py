@@ -47,6 +47,14 @@ def middle_site(model: LanguageModel) -> Site:
     return Site(len(model.layout.blocks) // 2)
 
 
+def own_sites(model: LanguageModel, steerer: Steerer) -> tuple[Site, ...]:
+    """All sites among which a method has a rule of its own; () for a method that has none."""
+    stream = {"layers": "residual", "heads": "heads"}.get(steerer.sites)
+    if stream is None:
+        return ()
+    return tuple(Site.parse(f"{n}.{stream}") for n in range(len(model.layout.blocks)))
+
+
 def record(
     model: LanguageModel | HF,
     contrast: Contrast,
@@ -96,8 +104,8 @@ def fit(
         contrast: its training part is fitted; a validation part serves early stopping. Several: one
             map for all, a column of strengths for each behaviour.
         method: a name from ``innsteer.names()``, or a steerer.
-        sites: default: one site two thirds up, half way for a fit through the model. folder: also
-            write the recording there.
+        sites: default: one site two thirds up, half way for a fit through the model, or all among
+            which the method has a rule of its own. folder: also write the recording there.
         unmoved: bare prompts that a fit through the model shall leave alone; see ``through``.
         **fields: of the method.
 
@@ -125,6 +133,7 @@ def fit(
             f"unmoved prompts for {steerer.name!r}, which is fitted on recorded rows",
             expected="a method that is fitted through the model",
         )
+    sites = sites or own_sites(HF.of(model).model, steerer)
     acts = record_parts(
         model, contrast, sites, read=read, span=span, folder=folder, progress=progress
     )

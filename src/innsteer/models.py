@@ -66,6 +66,15 @@ class LanguageModel:
         return cls(model, tokenizer, find_layout(model), name or type(model).__name__)
 
     @property
+    def head_width(self) -> int | None:
+        """Dimensions of one attention head, by the model's config; None where that does not say."""
+        config = self.model.config.get_text_config()
+        heads = getattr(config, "num_attention_heads", None)
+        hidden = getattr(config, "hidden_size", None)
+        found = getattr(config, "head_dim", None) or (hidden // heads if hidden and heads else None)
+        return int(found) if found else None
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go."""
         return torch.device(next(iter(self.model.parameters())).device)

@@ -26,7 +26,7 @@ from innsteer.backends.meter import Reference
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError
-from innsteer.fitting import Contrasts, each, record_parts, through
+from innsteer.fitting import Contrasts, each, own_sites, record_parts, through
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span
 from innsteer.steerer import Answers, Interventions, Steerer, get
@@ -107,6 +107,7 @@ def plan(
         memory = run.memory(_weigh(model, run.sites), tally)
         seconds = {"reference": drawn} | _timed_through(backend, maps, progress) if measure else {}
     else:
+        sites = sites or own_sites(backend.model, steerer)
         rows = record_parts(backend, contrasts, sites, read=read, span=span, progress=progress)
         progress("rehearse", 0, 1)
         _, own = _rehearse(steerer, lambda one: one.fit(rows, seed=seed), backend.tally)

@@ -197,7 +197,8 @@ class Steerer(ABC):
     is read without importing it. ``needs`` is any of ``pairs``, ``classes``, ``unmoved`` (rows that
     stand among those that seek the target), ``gradients`` (target-seeking rows), ``model``. A
     method that ``erases`` takes away what tells the sides apart at strength 1, where others carry
-    source to target.
+    source to target. ``sites`` is ``any``, one or several; a method with a rule of its own among
+    them names where it looks: the ``layers``' outputs, or the ``heads``, of all blocks together.
     """
 
     paper: ClassVar[str]

@@ -207,9 +207,13 @@ def test_weights_count_in_the_accuracy():
 
 def test_on_a_model_it_is_a_bias_of_the_output_projection():
     model = tiny.tiny_language_model()
-    steering = fitting.fit(
+    steering = fitting.fit(model, contrast(), ITI(heads=3), where=Where("all"))
+    told = fitting.fit(
         model, contrast(), ITI(heads=3, head_width=12), sites=HEADS, where=Where("all")
     )
+    assert [*told.interventions] == [*steering.interventions], "the heads of all layers, as wide"
+    for site, part in told.interventions.items():
+        assert torch.equal(part.shifts, steering.interventions[site].shifts)
     ids = torch.tensor([[5, 9, 30, 41]])
     with torch.no_grad():
         plain = model.model(ids).logits

@@ -334,7 +334,7 @@ class HF(Engine):
         Raises:
             InputError: no item, or an item without a token to read.
         """
-        provenance = self._provenance(contrast, read, origin)
+        provenance = self._provenance(contrast, sites, read, origin)
         if folder:
             how: dict[str, Any] = {"read": read, "span": span, "padding_side": padding_side}
             self.record_to(folder, contrast, sites, **how, origin=origin, progress=progress)
@@ -362,7 +362,7 @@ class HF(Engine):
         Memory holds the contrast, ``WINDOW`` encoded texts and one batch. ``Activations.load``
         reads the folder, whole.
         """
-        provenance = self._provenance(contrast, read, origin)
+        provenance = self._provenance(contrast, sites, read, origin)
         asked = [provenance, list(map(str, sorted(sites))), list(span), padding_side]
         plan = hashlib.sha256(canonical([*asked, self.batch_tokens, WINDOW])).hexdigest()
         with ShardWriter(folder, (contrast.behaviour,), read, provenance, resume=plan) as shards:
@@ -375,9 +375,14 @@ class HF(Engine):
         return Path(folder)
 
     def _provenance(
-        self, contrast: Contrast, read: Read, origin: Mapping[str, Any] | None
+        self,
+        contrast: Contrast,
+        sites: Sequence[Site],
+        read: Read,
+        origin: Mapping[str, Any] | None,
     ) -> dict[str, Any]:
-        """Where rows are from."""
+        """Where rows are from; of heads' rows also how wide a head is."""
+        in_heads = any(site.stream == "heads" for site in sites)
         if not len(contrast):
             raise InputError(f"contrast {contrast.behaviour!r} has no items to record")
         return {
@@ -385,6 +390,7 @@ class HF(Engine):
             "contrast": contrast.hash,
             "read": read,
             "innsteer": __version__,
+            **({"head_width": self.model.head_width} if in_heads else {}),
             **(origin or {}),
         }
 

@@ -38,8 +38,8 @@ class ITI(Steerer):
     h' = h + strength * alpha * sigma * u  in a chosen head, h elsewhere;  u = v / |v|
     v = mean target - mean source of the head's rows, sigma = standard deviation of h . u
 
-    Inference-time intervention. It is meant for the sites ``LAYER.heads`` of all layers, recorded
-    together: there a row is the outputs of a layer's heads, one after the other, before the output
+    Inference-time intervention. Its sites are ``LAYER.heads`` of all layers, recorded together:
+    there a row is the outputs of a layer's heads, one after the other, before the output
     projection mixes them. A logistic probe of each head learns source from target; the ``heads``
     whose probes are right most often on held-out rows are chosen, across all sites (of equal ones
     the later). Sites where no head is chosen are left out. At other sites a row is one head, and
@@ -59,8 +59,8 @@ class ITI(Steerer):
     Attributes:
         heads: how many to choose, K, at least 1; all where there are fewer. The same number is more
             of a small model: at 48 of 270 heads 15 standard deviations leave no language.
-        head_width: dimensions of one head, which rows do not tell: ``head_dim`` of a model's
-            config, often 64 or 128. Needed at sites ``LAYER.heads``; it must divide their width.
+        head_width: dimensions of one head, a divisor of the width of ``LAYER.heads``; None = as the
+            recording says, by the model's config.
         alpha: length of the shift at strength 1 in standard deviations sigma, > 0; with alpha=1 a
             strength is the paper's alpha, which is 15. None = as far as the sides' means are apart
             along u, so that strength 1 carries the source mean there.
@@ -86,7 +86,7 @@ class ITI(Steerer):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2306.03341"
     needs: ClassVar[tuple[str, ...]] = ("classes",)
-    sites: ClassVar[str] = "any"
+    sites: ClassVar[str] = "heads"
     trained: ClassVar[bool] = False
 
     heads: int = 48
@@ -141,7 +141,7 @@ class ITI(Steerer):
         known, held = split_items(acts.where(behaviour=behaviour), self.holdout, seed)
         found = []
         for site, width in acts.widths.items():
-            size = self._size(site, width)
+            size = self._size(site, width, acts.provenance.get("head_width"))
             rows, is_target, weight = labelled(known, site, behaviour)
             others, is_theirs, counts = labelled(held, site, behaviour)
             for start in range(0, width, size):
@@ -152,18 +152,19 @@ class ITI(Steerer):
                 found.append(Head(accuracy, site, start, normal))
         return sorted(found, key=lambda head: head[:3], reverse=True)
 
-    def _size(self, site: Site, width: int) -> int:
+    def _size(self, site: Site, width: int, recorded: int | None) -> int:
         """The width of a site's heads."""
         if site.stream != "heads":
             return width
-        if self.head_width is None or width % self.head_width:
+        size = self.head_width or recorded
+        if size is None or width % size:
             raise InputError(
-                f"site {site}: head_width={self.head_width} for rows of {width} dimensions",
+                f"site {site}: head_width={size} for rows of {width} dimensions",
                 expected="the width of one attention head, a divisor of the row's",
                 remedy="set head_width to the model config's head_dim, or to hidden_size / "
                 "num_attention_heads",
             )
-        return self.head_width
+        return size
 
     def _shift(self, train: Activations, behaviour: str, head: Head, inside: slice) -> Tensor:
         """The shift ``[head width]`` of a chosen head at strength 1."""

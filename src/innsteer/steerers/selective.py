@@ -62,7 +62,7 @@ class SelectiveSteering(Steerer):
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2601.19375"
     needs: ClassVar[tuple[str, ...]] = ("classes",)
-    sites: ClassVar[str] = "any"
+    sites: ClassVar[str] = "layers"
     trained: ClassVar[bool] = False
 
     theta: float | None = None
