@@ -136,6 +136,21 @@ def test_sites_share_the_authors_plane_or_have_their_own():
     assert float(mean @ shared[Site(0)][1]) > 0
 
 
+def test_in_a_shared_plane_each_site_turns_on_its_own_side_of_the_difference():
+    shifts = [torch.tensor(shift) for shift in ([9.0, 0, 0, 0], [8.0, 6, 0, 0], [6.0, 9, 1, 0])]
+    acts = several(*shifts)
+    second = planes(acts, "behaviour", "sites")[Site(0)][1].float()
+    for site, far in zip(acts.sites, (60, 60, -60), strict=True):
+        acts.values[site] = acts.values[site] + far * second
+    fitted = AngularSteering(plane="sites").fit(acts)
+    for site, part in fitted.items():
+        source, _ = acts.sides(site)
+        moved = part(source, torch.ones(30, 1))
+        assert (source.mean(0) @ part.seconds[0]).sign() == part.angles[0].sign()
+        assert float((moved @ part.seconds[0]).mean() / (source @ part.seconds[0]).mean()) > 0.5
+    assert fitted[Site(0)].angles[0] * fitted[Site(2)].angles[0] < 0
+
+
 def test_the_plane_of_sites_is_of_one_width():
     shifts = torch.tensor([9.0, 0, 0]), torch.tensor([8.0, 6, 0]), torch.ones(5), torch.arange(5.0)
     found = planes(several(*shifts), "behaviour", "sites")

@@ -83,6 +83,7 @@ def test_plane_and_layers_are_those_of_the_official_code(shared):
 def test_turns_add_and_minus_s_undoes_s_at_the_same_norm():
     acts = Activations.of_sides(draw(40, 6) + 3, draw(40, 6, 1) + 4)
     part, h = SelectiveSteering(theta=70.0).fit(acts)[acts.site], 5 * draw(9, 6, 2)
+    assert float(part.angles[0]) == pytest.approx(math.radians(70))
     one = torch.ones(9, 1)
     torch.testing.assert_close(part(part(h, 0.4 * one), 0.9 * one), part(h, 1.3 * one))
     torch.testing.assert_close(part(part(h, one), -one), h, rtol=0, atol=1e-5)
@@ -120,6 +121,16 @@ def turned(acts: Activations, **fields) -> set[str]:
 def test_a_layer_is_turned_when_all_of_its_sites_lie_opposite():
     assert turned(layers(0.0, 2.0)) == {"0.mlp", "0.residual"}
     assert turned(layers(0.8, 0.0), margin=0.5) == {"1.mlp", "1.residual"}
+
+
+def test_sides_lie_opposite_by_the_direction_of_their_rows_and_either_way_round():
+    source, target = torch.tensor([[-1.0], [-1.0], [-1.0], [9.0]]), torch.ones(4, 1)
+    acts = Activations.of_sides(source, target)
+    for first, margin in ((1.0, 0.0), (-1.0, 0.0), (1.0, 0.4)):
+        assert discriminative(
+            acts, "behaviour", {acts.site: torch.full((1,), first).double()}, margin
+        )
+    assert not discriminative(acts, "behaviour", {acts.site: torch.ones(1).double()}, 0.6)
 
 
 def test_where_no_layer_is_discriminative_all_are_turned():

@@ -26,8 +26,8 @@ class SelectiveSteering(Steerer):
     takes every row to one angle, rows keep what tells them apart in the plane, norms included;
     turns add, and -s undoes s.
 
-    A site is discriminative when the means of its unit-norm rows lie on opposite sides of 0 along
-    b1: source below -margin, target above margin. Layers all of whose recorded sites are so are
+    A site is discriminative when the means of its sides' unit-norm rows lie on opposite sides of 0
+    along b1, both further than the margin. Layers all of whose recorded sites are so are
     turned, the others left alone; where no layer is, all of them are, so that a steering of the one
     layer of one's choice turns there (``diagnose`` says how many were). Where all rows share a
     large mean, as in a residual stream, sites seldom are discriminative; the authors turn norms'
@@ -127,12 +127,12 @@ def discriminative(
     """Sites of the layers all of whose sites have the sides' unit-norm rows opposite along b1."""
     apart = {}
     for site, first in firsts.items():
-        means = [
-            weight @ (normalize(rows.double()) @ first) / weight.sum()
+        low, high = sorted(
+            float(weight @ (normalize(rows.double()) @ first) / weight.sum())
             for rows, weight in zip(
                 acts.sides(site, behaviour), weights(acts, behaviour), strict=True
             )
-        ]
-        apart[site] = bool(means[0] < -margin and means[1] > margin)
+        )
+        apart[site] = low < -margin and high > margin
     left = {site.layer for site, opposite in apart.items() if not opposite}
     return {site for site in apart if site.layer not in left}

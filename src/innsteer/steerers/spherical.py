@@ -86,11 +86,11 @@ class SphericalSteering(Steerer):
     passes m; negative ones lead away from m, at most to -m.
 
     The authors have c = 0 (``centred=False``), alpha 0.7 and beta -0.15 for one 8B model and 0.6
-    and 0.4 for another. About 0, the mean that all rows share decides the sign of the cosine, often
-    one for all rows, and shrinks as they turn; so here c is the middle between the sides' means.
-    And a turn by a fixed part of the angle moves wide-spread rows by many times the distance of the
-    means; so alpha follows from the rows: source rows then reach the target's mean along m on
-    average, as far as alpha <= 1 and the gate let them. The direction is of plain means.
+    and 0.4 for another. About 0 the gate tells the sides apart only where their means lie on either
+    side of 0 along m; about the middle between the means, as here, it always does. And a fixed part
+    of the angle moves rows by many times the distance of the means where they are far from c, until
+    a small model breaks; so alpha follows from the rows: source rows then reach the target's mean
+    along m on average, as far as alpha <= 1 and the gate let them.
 
     Closed form, with alpha by bisection; the artifact is 2 d + 1 floats per site and behaviour.
     Pairing does not matter. Several behaviours move the row each, and their displacements are
