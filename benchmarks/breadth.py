@@ -2,6 +2,7 @@
 
     python benchmarks/breadth.py               # everything
     python benchmarks/breadth.py --only matrix # the matrix, also into docs/models.md
+    python benchmarks/breadth.py --only inputs # the kinds of bad input of tests/test_bad_input.py
     python benchmarks/breadth.py --only kills  # kill -9 at random moments
     python benchmarks/breadth.py --only mutations  # damaged and forged artifacts
     python benchmarks/breadth.py --only memory # recording a million texts
@@ -33,6 +34,7 @@ import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import torch
@@ -74,6 +76,18 @@ def matrix() -> dict[str, dict[str, dict[str, str]]]:
             found[kind][name] = {check.name: check.verdict for check in checks(model)}
             print(kind, name, found[kind][name], file=sys.stderr, flush=True)
     return found
+
+
+def inputs() -> tuple[int, int]:
+    """How many kinds of bad input the tests know, and how many of them went wrong."""
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.xml"
+        tests = HERE.parent / "tests" / "test_bad_input.py"
+        words = ["-q", str(tests), "-k", "one_clear_line", f"--junitxml={results}"]
+        subprocess.run([sys.executable, "-m", "pytest", *words], cwd=HERE.parent, stdout=sys.stderr)
+        (suite,) = ElementTree.parse(results).getroot()
+    count = {name: int(suite.attrib[name]) for name in ("tests", "failures", "errors", "skipped")}
+    return count["tests"], count["failures"] + count["errors"] + count["skipped"]
 
 
 def table(found: dict[str, dict[str, dict[str, str]]]) -> str:
@@ -329,7 +343,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parts = ["matrix", "kills", "mutations", "memory", "plans", "recording"]
+    parts = ["matrix", "inputs", "kills", "mutations", "memory", "plans", "recording"]
     parser.add_argument("--only", choices=parts)
     parser.add_argument("--child", nargs=2, help=argparse.SUPPRESS)
     parser.add_argument("--tool", action="append", default=[], metavar="NAME=PYTHON",
@@ -358,6 +372,9 @@ def main() -> None:
         PAGE.write_text(whole, encoding="utf-8")
         kept["matrix"] = found
         note("matrix: cells that work", verdicts.count("works"), len(verdicts))
+    if asked.only in (None, "inputs"):
+        kinds, wrong = inputs()
+        note("bad input: one clear line, nothing written", kinds - wrong, kinds)
     if asked.only in (None, "kills"):
         kept["kills"] = kills()
         same = sum(one["same"] for one in kept["kills"])

@@ -751,6 +751,7 @@ def summarise(wanted: Sequence[str]) -> None:
         if not mine:
             continue
         figures += _of_wording(wording, mine)
+        figures += _gained(wording, mine, found)
     missing = [name for name in wanted if name not in found]
     write_json(
         RESULTS,
@@ -783,6 +784,28 @@ def _of_wording(wording: str, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
     for arm in ARMS:
         if having := {name: cell for name, cell in mine.items() if arm in cell}:
             figures += _of_arm(wording, arm, having)
+    return figures
+
+
+def _gained(
+    wording: str, mine: Mapping[str, Any], found: Mapping[str, Any]
+) -> list[dict[str, Any]]:
+    """What paraphrases in the fit gain in wordings that no fit saw, on the cells that have both."""
+    asked, mark, _ = parsed(wording)
+    figures = []
+    for side, sign in (("towards", 1), ("away", -1)) if mark else ():
+        gaps, without = [], []
+        for name, cell in mine.items():
+            other = found.get(name.replace(f"/{wording}/", f"/{asked}/"))
+            if other and "innsteer" in other and "innsteer" in cell:
+                new, old = (one["innsteer"][f"both_{side}"]["transfer"] for one in (cell, other))
+                gaps.append([sign * (a - b) for a, b in zip(new, old, strict=True)])
+                without.append(old)
+        if gaps:
+            n = sum(map(len, gaps))
+            name = f"{wording}: innsteer, both, {side}, held-out paraphrases"
+            figures.append(figure(f"{name}, gained by paraphrases", gaps, "", "probability", n))
+            figures.append(figure(f"{name}, without, same cells", without, "", "probability", n))
     return figures
 
 
