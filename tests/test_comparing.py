@@ -20,7 +20,7 @@ from innsteer.comparing import (
     contenders,
     shuffled,
 )
-from innsteer.errors import BudgetError, InputError, UnknownName
+from innsteer.errors import BudgetError, InputError, MissingPackage, UnknownName
 from innsteer.standings import standings
 from innsteer.suites import behaviour as suites
 from words import contrast, yes_or_no
@@ -266,6 +266,17 @@ def test_an_error_of_the_software_is_no_result(model, tmp_path, monkeypatch):
     monkeypatch.setattr(comparing, "fit_rows", broken)
     whole = comparison(model, tmp_path, Contender.of("diffmean"))
     with pytest.raises(RuntimeError):
+        whole.run()
+    assert len(whole.left()) == 1
+
+
+def test_a_package_that_is_missing_is_no_result(model, tmp_path, monkeypatch):
+    def missing(control):
+        raise MissingPackage("vaderSentiment", "the sentiment scorer", "demo")
+
+    monkeypatch.setattr(comparing, "require_scorer", missing)
+    whole = comparison(model, tmp_path, Contender.of("diffmean"))
+    with pytest.raises(MissingPackage):
         whole.run()
     assert len(whole.left()) == 1
 

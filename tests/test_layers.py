@@ -13,7 +13,7 @@ ROOMS = """
     errors files site groups formats contrast audit activations fingerprint layout smollm2 models
     flows shelf steerer readouts interventions gating shears training batches hooks steerers
     calibration steering backends metrics suites fitting planning tuning choosing exchange hub
-    interference figures statistics pages standings comparing report evaluation demo doctor
+    interference figures statistics pages standings report evaluation comparing demo doctor
     completing cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}

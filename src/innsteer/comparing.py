@@ -22,7 +22,8 @@ from innsteer.backends.base import Completion, Progress, Sampling, silent
 from innsteer.backends.hf import HF, Meter, instruct
 from innsteer.calibration import BUDGET
 from innsteer.contrast import Contrast
-from innsteer.errors import BudgetError, InnsteerError, InputError, UnknownName
+from innsteer.errors import BudgetError, InputError, UnknownName
+from innsteer.evaluation import require_scorer
 from innsteer.figures import PROMPT_ONLY, RANDOM, UNSTEERED
 from innsteer.files import canonical, read_json, write_json
 from innsteer.fitting import fit_rows, fit_run, own_sites, record_parts, through
@@ -388,6 +389,9 @@ class Comparison:
 
         A method that refuses, or that no strength brings within the budget, leaves a cell that says
         so. Interrupted, the same call goes on.
+
+        Raises:
+            MissingPackage: the scorer of a behaviour needs one.
         """
         left, task = self.left(), None
         for number, cell in enumerate(left):
@@ -398,7 +402,7 @@ class Comparison:
             started = time.perf_counter()
             try:
                 found = task.measure(cell)
-            except InnsteerError as error:
+            except (BudgetError, InputError) as error:
                 found = {"failed": str(error)}
             record = {
                 "contender": cell.contender.name,
@@ -439,6 +443,7 @@ class _Task:
         for site in self.sites:
             backend.model.layout.at(site)
         self.suite = suites.load(contrast, instruction=instruction)
+        require_scorer(self.suite.control)
         held = contrast.part("validation")
         self._held = held.subset(min(len(held), protocol.items), 0)
         self._meters: dict[tuple[str, tuple[Site, ...]], Meter] = {}
