@@ -91,6 +91,8 @@ def test_an_effect_is_in_standard_deviations_of_the_tasks_differences():
     found = resample(ALIGNMENT, {"x": x, "y": y})
     assert found.effect("x", "y") == pytest.approx(1.5 / math.sqrt(0.5))
     assert found.effect("x", "x") == 0.0
+    nearly = arm({"a": [3.1], "b": [1.1 + 1e-13]})
+    assert resample(ALIGNMENT, {"x": x, "y": nearly}).effect("y", "x") == math.inf
     alike = arm({"a": [2.0], "b": [0.0]})
     assert resample(ALIGNMENT, {"x": x, "y": alike}).effect("x", "y") == math.inf
     assert math.isnan(

@@ -32,6 +32,7 @@ COLOURS = {
     "model": "var(--arm-4)",
     "": "var(--arm-0)",
 }
+SIGNS = {"classes": "\u25c6", "target": "\u25b2", "model": "\u25cf", "": "\u25a0"}
 SYMBOLS = {"classes": "diamond", "target": "triangle-up", "model": "circle", "": "square"}
 HALVES = {"neutral": "the neutral cost", "both": "both halves of the cost"}
 Record = Mapping[str, Any]
@@ -232,6 +233,7 @@ def page(tables: Sequence[Standings], records: Sequence[Record], context: Mappin
         filters={},
         title=f"{len(tables[0].rows)} ways to steer, {len(tasks)} tasks" if tables else "Nothing",
         tables=tables,
+        legend=[(INPUTS[one], COLOURS[one], SIGNS[one]) for one in INPUTS],
         heights=[110 + 26 * len(table.rows) for table in tables],
         tasks=tasks,
         samples=samples,

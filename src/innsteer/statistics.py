@@ -58,13 +58,18 @@ class Draws(NamedTuple):
         return float(np.clip(2 * least, 1 / len(gaps), 1.0))
 
     def effect(self, ours: str, theirs: str) -> float:
-        """Mean over standard deviation of the tasks' differences; NaN for one task."""
+        """Mean over standard deviation of the tasks' differences; NaN for one task.
+
+        Differences that are all one, but for rounding, have an infinite effect.
+        """
         first, second = (self.tasks[self.arms.index(arm)] for arm in (ours, theirs))
         gaps = first - second
         if len(gaps) < 2:
             return float("nan")
         spread, mean = float(gaps.std(ddof=1)), float(gaps.mean())
-        return mean / spread if spread else float(np.copysign(np.inf, mean)) if mean else 0.0
+        if spread > 1e-9 * abs(mean):
+            return mean / spread
+        return float(np.copysign(np.inf, mean)) if mean else 0.0
 
     def ranks(self, better: str = "higher", *, level: float = 0.95) -> dict[str, Score]:
         """Arm -> its place among all (1 = best, ties share their mean) with its interval."""
