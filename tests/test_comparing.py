@@ -171,6 +171,13 @@ def test_every_contender_gets_the_same_evaluations_and_all_are_tested(model, tmp
             kept = [one for one in tried if one["layer"] == record["layer"]]
             assert len(kept) >= 5, "halving leaves most to the layer that is kept"
             assert half["costs"]["neutral_cost"][0] < 0.2
+    alike = [
+        record["tested"]
+        for record in records.values()
+        if len({half.get("strength") for half in record["tested"].values()}) == 1
+    ]
+    assert len(alike) > 1, "the plain model, and one whose budgets bind alike"
+    assert all(tested["both"] == tested["neutral"] for tested in alike), "not tested twice"
     plain = records["unsteered"]["tested"]["both"]
     assert plain["costs"]["neutral_cost"][0] == plain["costs"]["in_format_cost"][0] == 0
     tables = standings(whole.found(), against="diffmean")

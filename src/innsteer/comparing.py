@@ -510,6 +510,7 @@ class _Task:
         edit = _edits(fitted[sites])
         # The large meters serve all candidates, cut at the lowest.
         whole = min(self.sites, sites)
+        tested: dict[float, dict[str, Any]] = {}
         for half in HALVES if self._in_format else HALVES[:1]:
             best = search.best(half)
             if best is None:
@@ -521,8 +522,9 @@ class _Task:
             if half == "both":
                 checks["in_format_cost"] = self._meter("in_format validation", sites)
             strength = within(checks, edit, best.strength, self.protocol.budget, silent)
-            tested = self._tested([edit(strength)], whole)
-            found["tested"][half] = tested | {"strength": strength}
+            if strength not in tested:
+                tested[strength] = self._tested([edit(strength)], whole)
+            found["tested"][half] = tested[strength] | {"strength": strength}
         found["evaluations"] = [e._asdict() for e in self._evaluated]
         found["search_seconds"] = time.perf_counter() - started
         return found
