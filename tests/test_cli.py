@@ -307,6 +307,7 @@ def test_methods_are_compared_cell_by_cell_and_it_goes_on(run, fitted, home, mon
     }  # fmt: skip
     code, out, err = run(*words, "--method", "diffmean", "--plan")
     assert code == 0 and "1 of 6 cells left, 3 evaluations on validation; about" in out
+    assert "--evaluations 3" in out and "--instruction 'mine=Be kind.'" in out
     following(out)
     code, out, err = run(*words, "--json")
     assert code == 0 and len(json.loads(out)["tables"][0]["rows"]) == 5

@@ -2,6 +2,7 @@
 
 import json
 import math
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -21,12 +22,12 @@ from innsteer.comparing import (
     shuffled,
 )
 from innsteer.errors import BudgetError, InputError, MissingPackage, UnknownName
-from innsteer.standings import standings
+from innsteer.standings import page, standings
 from innsteer.suites import behaviour as suites
 from words import contrast, yes_or_no
 
 CHOICE, OPEN = contrast(yes_or_no), contrast()
-SMALL = {"evaluations": 9, "items": 6, "search_tokens": 20, "check_tokens": 40, "answers": 3}
+SMALL = {"evaluations": 9, "items": 6, "search_tokens": 20, "answers": 3}
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +224,7 @@ def test_an_interrupted_comparison_goes_on_and_measures_nothing_twice(model, tmp
     assert not again.left() and done.stat().st_mtime_ns == before
     fresh = comparison(model, tmp_path / "fresh", *rows)
     fresh.run()
-    times = {"seconds", "fit_seconds", "search_seconds", "tokens_per_second"}
+    times = {"seconds", "fit_seconds", "record_seconds", "search_seconds", "tokens_per_second"}
 
     def lasting(value):
         if isinstance(value, dict):
@@ -248,8 +249,14 @@ def test_what_decides_a_cell_names_its_file(model, tmp_path):
         ),
         comparison(tiny.tiny_language_model("qwen2"), tmp_path, Contender.of("ridge")),
     ]
+    half = tiny.tiny_language_model()
+    half.model.to(torch.bfloat16)
+    others.append(comparison(half, tmp_path, Contender.of("ridge")))
     found = [one.path(one.cells()[0]) for one in (base, *others)]
     assert len(set(found)) == len(found)
+    renamed = replace(tiny.tiny_language_model(), name="elsewhere")
+    there = comparison(renamed, tmp_path, Contender.of("ridge"))
+    assert there.path(there.cells()[0]) == found[0], "the model, wherever it lies"
     same = comparison(model, tmp_path, Contender.of("diffmean"), Contender.of("ridge"))
     assert same.path(same.cells()[1]) == found[0], "other rows of the table do not matter"
 
@@ -262,8 +269,41 @@ def test_a_method_that_refuses_leaves_a_cell_that_says_so(model, tmp_path, monke
     whole = comparison(model, tmp_path, Contender.of("diffmean"))
     whole.run()
     (record,) = whole.found()
-    assert record["failed"].startswith("the cost stays above") and not whole.left()
-    assert "failed" in standings([record])[0].markdown()
+    assert not record["tested"] and not whole.left()
+    assert record["unmet"]["both"].startswith("the cost stays above")
+    assert ["failed" in table.markdown() for table in standings([record])] == [True, True]
+
+
+def test_a_budget_that_cannot_be_met_leaves_the_figures_of_the_other(model, tmp_path, monkeypatch):
+    def bare(checks, edit, strength, budget, progress):
+        if "in_format_cost" in checks:
+            raise BudgetError("the cost stays above 0.0953 nats at every strength tried")
+        return strength
+
+    monkeypatch.setattr(comparing, "within", bare)
+    whole = comparison(model, tmp_path, Contender.of("unsteered"), Contender.of("diffmean"))
+    whole.run()
+    plain, record = whole.found()
+    assert list(record["tested"]) == ["neutral"] and list(record["unmet"]) == ["both"]
+    neutral, both = standings([plain, record], against="diffmean")
+    assert [row.control is None for row in neutral.rows] == [False, False]
+    assert both.missing()[0].startswith("diffmean failed on formal-ish: the cost stays above")
+    assert page([neutral, both], [plain, record], {})
+
+
+def test_the_time_of_a_fit_is_its_own_and_recording_is_charged_to_all(model, tmp_path, monkeypatch):
+    recorded = comparing.record_parts
+
+    def slow(*args):
+        time.sleep(1)
+        return recorded(*args)
+
+    monkeypatch.setattr(comparing, "record_parts", slow)
+    rows = [Contender.of("random-direction"), Contender.of("diffmean"), Contender.of("ridge")]
+    whole = comparison(model, tmp_path, *rows)
+    whole.run()
+    for record in whole.found():
+        assert record["fit_seconds"] < 1 <= record["record_seconds"] < 20
 
 
 def test_an_error_of_the_software_is_no_result(model, tmp_path, monkeypatch):

@@ -631,10 +631,13 @@ def compare(
             known = [one.name for one in comparison.contenders]
             raise UnknownName("row of the table", reference, known)
         words = ["compare", *data, "--out", folder, *_of(model)]
-        for text in method or []:
-            words += ["--method", text]
-        words += ["--against", against] if against else []
-        words += ["--layers", layers] if layers else []
+        several = {"--method": method or [], "--instruction": instruction or []}
+        words += [
+            word for name, texts in several.items() for text in texts for word in (name, text)
+        ]
+        once = {"--against": against, "--layers": layers, "--budget": budget}
+        once |= {"--evaluations": evaluations, "--seeds": seeds if seeds != "0" else ""}
+        words += [word for name, value in once.items() if value for word in (name, value)]
         if plan:
             found = comparison.plan()
             took = found["seconds"]

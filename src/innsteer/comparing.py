@@ -24,22 +24,18 @@ from innsteer.calibration import BUDGET
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError, UnknownName
 from innsteer.evaluation import require_scorer
-from innsteer.figures import PROMPT_ONLY, RANDOM, UNSTEERED
+from innsteer.figures import PLAIN, PROMPT_ONLY, RANDOM
 from innsteer.files import canonical, read_json, write_json
 from innsteer.fitting import fit_rows, fit_run, own_sites, record_parts, through
 from innsteer.interventions import Edit, Shift
 from innsteer.models import LanguageModel
-from innsteer.site import Site, Where
-from innsteer.steerer import Interventions, Steerer, get
+from innsteer.site import Site
+from innsteer.standings import HALVES, Half
+from innsteer.steerer import Interventions, Steerer, get, side_means
 from innsteer.suites import behaviour as suites
 from innsteer.tuning import control, control_meter, control_metric, within
 
 SHUFFLED = "shuffled-labels"
-PLAIN = (UNSTEERED, PROMPT_ONLY)
-"""They have no dial."""
-Half = Literal["neutral", "both"]
-"""Which costs the budget binds: the neutral one alone, or the worse of it and the in-format one."""
-HALVES: tuple[Half, Half] = ("neutral", "both")
 Input = Literal["classes", "target", "model", ""]
 MOST = 64.0
 """No larger strength is tried."""
@@ -157,8 +153,8 @@ class Protocol:
         layers: whose outputs are candidates; default: a third, a half, two thirds, five sixths up.
         budget: nats per token. evaluations: of control and cost on validation, per cell: layers by
             successive halving, then strength. items: of validation per evaluation.
-        search_tokens: response tokens of neutral prompts per evaluation. check_tokens: of the last
-            check and of the test, both on at least 100 prompts.
+        search_tokens: response tokens of neutral prompts per evaluation; the last check and the
+            test take all neutral prompts of their part.
         answers: sampled per cell and budget, for what is said.
     """
 
@@ -167,7 +163,6 @@ class Protocol:
     evaluations: int = 24
     items: int = 48
     search_tokens: int = 300
-    check_tokens: int = 2000
     answers: int = 60
 
     def __post_init__(self) -> None:
@@ -325,13 +320,13 @@ class Comparison:
 
     def path(self, cell: Cell) -> Path:
         """The file of a cell: named by all that decides its result."""
-        contender = cell.contender
+        contender, model = cell.contender, self.backend.model
         steerer = vars(contender.steerer) if contender.dialled else {}
         key = {
             "contender": [contender.method, contender.input, steerer, contender.alone],
             "task": [cell.task.behaviour, cell.task.hash],
             "seed": cell.seed,
-            "model": asdict(self.backend.model.fingerprint),
+            "model": [replace(model.fingerprint, name=""), str(model.model.dtype)],
             "protocol": asdict(self.protocol),
         }
         if contender.method == PROMPT_ONLY:
@@ -447,19 +442,26 @@ class _Task:
         held = contrast.part("validation")
         self._held = held.subset(min(len(held), protocol.items), 0)
         self._meters: dict[tuple[str, tuple[Site, ...]], Meter] = {}
-        self._rows: dict[tuple[Input, tuple[Site, ...]], Activations] = {}
+        self._rows: dict[tuple[Input, tuple[Site, ...]], tuple[Activations, float]] = {}
 
     # What is unsteered, kept ------------------------------------------------------------------
 
-    def _acts(self, input: Input, sites: tuple[Site, ...]) -> Activations:  # noqa: A002
-        """Rows of some sites, recorded (or made to seek the target) once."""
-        if (input, sites) not in self._rows:
-            self._rows[input, sites] = (
-                through(self.backend, self.contrast, sites).rows()
+    def _acts(self, input: Input, sites: tuple[Site, ...]) -> tuple[Activations, float]:  # noqa: A002
+        """Rows recorded (or made to seek the target) once, and the seconds that took.
+
+        The candidates' come from one pass.
+        """
+        every = self.sites if set(sites) <= set(self.sites) else sites
+        if (input, every) not in self._rows:
+            started = time.perf_counter()
+            acts = (
+                through(self.backend, self.contrast, every).rows()
                 if input == "target"
-                else record_parts(self.backend, self.contrast, sites)
+                else record_parts(self.backend, self.contrast, every)
             )
-        return self._rows[input, sites]
+            self._rows[input, every] = acts, time.perf_counter() - started
+        acts, seconds = self._rows[input, every]
+        return acts.at(*sites), seconds
 
     def _meter(self, name: str, sites: tuple[Site, ...]) -> Meter:
         """A meter by its name; cut at the lowest of some sites."""
@@ -475,17 +477,21 @@ class _Task:
         if what == "in_format":
             prompts = suites.in_format(self.contrast, part)
             return self.backend.meter(self.backend.reference(prompts, None), sites)
-        sampling = Sampling(24, 1.0, 0 if part == "validation" else 1)
+        # As tuning and evaluation draw them, so that their continuations are shared.
+        sampling = Sampling(self.suite.neutral_tokens, 1.0, 0 if part == "validation" else 1)
         whole = self.backend.reference(suites.neutral(part), sampling)
         if what == "search":
             whole = whole.part(self.protocol.search_tokens)
-        else:
-            whole = whole.part(self.protocol.check_tokens) if len(whole.ids) < 100 else whole
         return self.backend.meter(whole, sites)
 
     @cached_property
     def _in_format(self) -> bool:
         return bool(suites.in_format(self.contrast, "validation"))
+
+    @property
+    def _halves(self) -> list[Half]:
+        """Those that the task has a cost for; the last binds most."""
+        return [half for half in HALVES if half == "neutral" or self._in_format]
 
     # A cell -----------------------------------------------------------------------------------
 
@@ -493,39 +499,39 @@ class _Task:
         """Everything about one contender: fitted, dosed, tested."""
         if not cell.contender.dialled:
             return self._undialled(cell.contender)
+        fits = {sites: self._fit(cell, sites) for sites in self._places(cell.contender)}
         started = time.perf_counter()
-        fitted = {sites: self._fit(cell, sites) for sites in self._places(cell.contender)}
-        fit_seconds = time.perf_counter() - started
-        started = time.perf_counter()
-        searches = self._search(fitted)
-        ((sites, search),) = searches.items()
+        sites, search, evaluated = self._search({at: one.maps for at, one in fits.items()})
+        maps = fits[sites].maps
         found: dict[str, Any] = {
             "layer": sites[0].layer,
-            "sites": [str(site) for site in fitted[sites]],
-            "fits": len(fitted),
-            "fit_seconds": fit_seconds,
-            "bytes": sum(t.numel() * t.element_size() for t in fitted[sites].state_dict().values()),
+            "sites": [str(site) for site in maps],
+            "fits": len(fits),
+            "fit_seconds": sum(one.seconds for one in fits.values()),
+            "record_seconds": max(one.recording for one in fits.values()),
+            "bytes": sum(t.numel() * t.element_size() for t in maps.state_dict().values()),
+            "evaluations": [one._asdict() for one in evaluated],
             "tested": {},
+            "unmet": {},
         }
-        edit = _edits(fitted[sites])
+        edit = _edits(maps)
         # The large meters serve all candidates, cut at the lowest.
         whole = min(self.sites, sites)
         tested: dict[float, dict[str, Any]] = {}
-        for half in HALVES if self._in_format else HALVES[:1]:
-            best = search.best(half)
-            if best is None:
-                raise BudgetError(
-                    f"no strength within {self.protocol.budget} nats in "
-                    f"{self.protocol.evaluations} evaluations"
-                )
+        for half in self._halves:
             checks = {"neutral_cost": self._meter("check validation", whole)}
             if half == "both":
                 checks["in_format_cost"] = self._meter("in_format validation", sites)
-            strength = within(checks, edit, best.strength, self.protocol.budget, silent)
+            try:
+                if (best := search.best(half)) is None:
+                    raise BudgetError(f"no strength tried is within {self.protocol.budget} nats")
+                strength = within(checks, edit, best.strength, self.protocol.budget, silent)
+            except BudgetError as error:
+                found["unmet"][half] = str(error)
+                continue
             if strength not in tested:
                 tested[strength] = self._tested([edit(strength)], whole)
             found["tested"][half] = tested[strength] | {"strength": strength}
-        found["evaluations"] = [e._asdict() for e in self._evaluated]
         found["search_seconds"] = time.perf_counter() - started
         return found
 
@@ -536,40 +542,31 @@ class _Task:
             return [(own[site.layer],) for site in self.sites]
         return [own] if own else [(site,) for site in self.sites]
 
-    def _fit(self, cell: Cell, sites: tuple[Site, ...]) -> Interventions:
-        contender, where = cell.contender, Where()
-        if contender.method == RANDOM:
-            return self._random(sites[0], cell.seed)
-        steerer = contender.steerer
+    def _fit(self, cell: Cell, sites: tuple[Site, ...]) -> "_Fit":
+        contender, steerer = cell.contender, cell.contender.steerer
         if contender.input == "model":
+            started = time.perf_counter()
             run = through(self.backend, self.contrast, sites, reworded=steerer.rewords)
-            return fit_run(
-                self.backend, steerer, run, self.contrast, where=where, seed=cell.seed
-            ).interventions
-        # The candidates are recorded in one pass.
-        together = self.sites if set(sites) <= set(self.sites) else sites
-        acts = self._acts(contender.input or "classes", together).at(*sites)
-        if contender.method == SHUFFLED:
-            acts = shuffled(acts, cell.seed)
-        return fit_rows(self.backend, steerer, acts, where=where, seed=cell.seed).interventions
-
-    def _random(self, site: Site, seed: int) -> Interventions:
-        """A random direction as long as the difference of means."""
-        source, target = self._acts("classes", self.sites).sides(site)
-        shift = Shift(source.shape[1])
-        drawn = torch.randn(shift.width, generator=torch.Generator().manual_seed(seed))
-        shift.shifts[0] = drawn / drawn.norm() * (target.mean(0) - source.mean(0)).norm()
-        return Interventions({site: shift})
+            seconds = time.perf_counter() - started
+            made = fit_run(self.backend, steerer, run, self.contrast, seed=cell.seed)
+        else:
+            acts, seconds = self._acts(contender.input or "classes", sites)
+            if contender.method == RANDOM:
+                return _Fit(random_direction(acts, cell.seed), 0.0, seconds)
+            if contender.method == SHUFFLED:
+                acts = shuffled(acts, cell.seed)
+            made = fit_rows(self.backend, steerer, acts, seed=cell.seed)
+        return _Fit(made.interventions, made.provenance["fit_seconds"], seconds)
 
     def _search(
         self, fitted: Mapping[tuple[Site, ...], Interventions]
-    ) -> dict[tuple[Site, ...], Search]:
-        """The layer that is left after successive halving, with its strengths."""
-        half: Half = "both" if self._in_format else "neutral"
+    ) -> tuple[tuple[Site, ...], Search, list[Evaluation]]:
+        """Where successive halving ends, the strengths there, and every evaluation."""
+        half = self._halves[-1]
         budget, left = self.protocol.budget, self.protocol.evaluations
-        self._evaluated: list[Evaluation] = []
+        evaluated: list[Evaluation] = []
         searches = {
-            sites: Search(self._evaluate(sites, _edits(maps)), budget)
+            sites: Search(self._evaluate(sites, _edits(maps), evaluated), budget)
             for sites, maps in fitted.items()
         }
         rounds = (len(searches) - 1).bit_length() + 1
@@ -585,13 +582,13 @@ class _Task:
                 reverse=True,
             )[: -(-len(searches) // 2)]
             searches = {sites: searches[sites] for sites in sorted(kept)}
-        (search,) = searches.values()
+        ((sites, search),) = searches.items()
         for n in range(left):
             search.step(half if n % 2 == 0 else "neutral")
-        return searches
+        return sites, search, evaluated
 
     def _evaluate(
-        self, sites: tuple[Site, ...], edit: Callable[[float], Edit]
+        self, sites: tuple[Site, ...], edit: Callable[[float], Edit], evaluated: list[Evaluation]
     ) -> Callable[[float], Evaluation]:
         def evaluate(strength: float) -> Evaluation:
             edits = [edit(strength)]
@@ -606,7 +603,7 @@ class _Task:
                 assert own is not None
                 bare = own.value
             found = Evaluation(sites[0].layer, strength, gain.value, cost.value, bare)
-            self._evaluated.append(found)
+            evaluated.append(found)
             return found
 
         return evaluate
@@ -617,7 +614,7 @@ class _Task:
         """The plain model, or the model asked to."""
         asked = self.suite.instruction if contender.method == PROMPT_ONLY else ""
         half = self._tested([], self.sites, asked)
-        return {"tested": dict.fromkeys(HALVES if self._in_format else HALVES[:1], half)}
+        return {"tested": dict.fromkeys(self._halves, half)}
 
     def _tested(
         self, edits: Sequence[Edit], sites: tuple[Site, ...], instruction: str = ""
@@ -667,8 +664,27 @@ class _Task:
         }
 
 
+class _Fit(NamedTuple):
+    """Fitted maps, the seconds of the fit, and of recording what it was fitted on."""
+
+    maps: Interventions
+    seconds: float
+    recording: float
+
+
 def _edits(maps: Interventions) -> Callable[[float], Edit]:
     return lambda strength: Edit(maps, torch.tensor([float(strength)]))
+
+
+def random_direction(acts: Activations, seed: int) -> Interventions:
+    """At each site a random direction as long as the difference of means."""
+    rng, maps = torch.Generator().manual_seed(seed), dict[Site, Shift]()
+    for site, width in acts.widths.items():
+        source, target = side_means(acts, site, acts.behaviours[0])
+        drawn = torch.randn(width, generator=rng)
+        maps[site] = Shift(width)
+        maps[site].shifts[0] = drawn / drawn.norm() * (target - source).norm()
+    return Interventions(dict(maps))
 
 
 def shuffled(acts: Activations, seed: int) -> Activations:

@@ -14,6 +14,8 @@ from pydantic import BeforeValidator
 UNSTEERED = "unsteered"
 PROMPT_ONLY = "prompt-only"
 RANDOM = "random-direction"
+PLAIN = (UNSTEERED, PROMPT_ONLY)
+"""The plain model's arms: they have no dial."""
 COST = "neutral_cost"
 # A cell more than 10 % over the budget is marked and not ranked.
 TOLERANCE = 1.1

@@ -5,21 +5,19 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from innsteer import metrics, pages
 from innsteer.errors import InputError
-from innsteer.figures import PROMPT_ONLY, UNSTEERED
+from innsteer.figures import PLAIN, UNSTEERED
 from innsteer.files import write_json, write_text
 from innsteer.metrics.base import Measured, Score
 from innsteer.statistics import Draws, Items, holm, resample
 
 LEVEL = 0.05
 """Of the whole family of comparisons."""
-UNRANKED = (UNSTEERED, PROMPT_ONLY)
-"""They have no dial, and stand at their own cost."""
 INPUTS = {
     "classes": "recorded classes",
     "target": "target-seeking rows",
@@ -34,7 +32,9 @@ COLOURS = {
 }
 SIGNS = {"classes": "\u25c6", "target": "\u25b2", "model": "\u25cf", "": "\u25a0"}
 SYMBOLS = {"classes": "diamond", "target": "triangle-up", "model": "circle", "": "square"}
-HALVES = {"neutral": "the neutral cost", "both": "both halves of the cost"}
+Half = Literal["neutral", "both"]
+"""Which costs the budget binds: the neutral one alone, or the worse of it and the in-format one."""
+HALVES: dict[Half, str] = {"neutral": "the neutral cost", "both": "both halves of the cost"}
 Record = Mapping[str, Any]
 
 
@@ -79,7 +79,7 @@ class Standings:
     """
 
     metric: str
-    half: str
+    half: Half
     against: str
     tasks: tuple[str, ...]
     seeds: tuple[int, ...]
@@ -180,7 +180,7 @@ def standings(
     """
     records = list(records)
     names = list(dict.fromkeys(record["contender"] for record in records))
-    dialled = [name for name in names if name not in UNRANKED]
+    dialled = [name for name in names if name not in PLAIN]
     chosen = against or next(iter(dialled), "")
     if chosen not in names:
         raise InputError(
@@ -190,9 +190,9 @@ def standings(
     found = []
     for metric in kinds:
         own = [record for record in records if record["control"] == metric]
-        halves = [half for half in HALVES if any(half in one.get("tested", {}) for one in own)]
         # Where everything failed, a table says so.
-        for half in halves or ["neutral"]:
+        met = {half for one in own for half in (*one.get("tested", ()), *one.get("unmet", ()))}
+        for half in [half for half in HALVES if half in (met or ["neutral"])]:
             found.append(_table(own, metric, half, chosen, left_out, seed))
     return found
 
@@ -219,13 +219,13 @@ def page(tables: Sequence[Standings], records: Sequence[Record], context: Mappin
     drawn = [_ranking(table, f"ranking-{n}") for n, table in enumerate(tables)]
     samples: dict[str, list[tuple[str, str, str]]] = {}
     for n, task in enumerate(tasks):
-        own = [record for record in records if record["task"] == task and "tested" in record]
+        own = [record for record in records if record["task"] == task and record.get("tested")]
         drawn.append(_costs_plot(own, f"task-{n}"))
         samples[task] = [
             (record["contender"], *pair)
             for record in own
             if record["seed"] == own[0]["seed"]
-            for pair in record["tested"].get("both", record["tested"]["neutral"])["samples"]
+            for pair in record["tested"][_last(record)]["samples"]
         ]
     return pages.render(
         "standings.html.j2",
@@ -239,6 +239,11 @@ def page(tables: Sequence[Standings], records: Sequence[Record], context: Mappin
         samples=samples,
         context=context,
     )
+
+
+def _last(record: Record) -> Half:
+    """The half of the cost that binds most, of those that a cell was tested at."""
+    return "both" if "both" in record["tested"] else "neutral"
 
 
 def _ranking(table: Standings, name: str) -> dict[str, Any]:
@@ -289,7 +294,7 @@ def _costs_plot(records: Sequence[Record], name: str) -> dict[str, Any]:
     data: list[dict[str, Any]] = []
     for record in records:
         colour = COLOURS[record["input"]]
-        half = "both" if "both" in record["tested"] else "neutral"
+        half = _last(record)
         tested = record["tested"][half]
         metric = metrics.get(record["control"])
         items = _items([record], half, record["control"])[record["task"]]
@@ -337,7 +342,7 @@ def _costs_plot(records: Sequence[Record], name: str) -> dict[str, Any]:
 def _table(
     records: Sequence[Record],
     metric: str,
-    half: str,
+    half: Half,
     against: str,
     left_out: Sequence[str],
     seed: int,
@@ -346,7 +351,7 @@ def _table(
     group = _Group(metric, half, seed, records)
     draws = group.drawn([name for name in group.records if group.tasks(name) == set(tasks)])
     compared = draws if draws is not None and against in draws.arms else None
-    rivals = [name for name in group.records if name not in (against, *UNRANKED)]
+    rivals = [name for name in group.records if name not in (against, *PLAIN)]
     p_values: dict[str, float] = {}
     if compared is not None:
         p_values = holm(
@@ -359,7 +364,7 @@ def _table(
         names = [
             name
             for name in (draws.arms if draws else ())
-            if name not in UNRANKED and group.records[name][0]["input"] in inputs
+            if name not in PLAIN and group.records[name][0]["input"] in inputs
         ]
         if (own := group.drawn(names)) is not None:
             ranks |= own.ranks(metrics.get(metric).better)
@@ -389,7 +394,7 @@ def _table(
 class _Group:
     """Cells of one metric and half, by contender."""
 
-    def __init__(self, metric: str, half: str, seed: int, records: Sequence[Record]) -> None:
+    def __init__(self, metric: str, half: Half, seed: int, records: Sequence[Record]) -> None:
         self.metric, self.half, self.seed = metric, half, seed
         self.records: dict[str, list[Record]] = {}
         for record in records:
@@ -420,7 +425,9 @@ class _Group:
             self.records[name][0]["input"],
             len(self.tasks(name)),
             failed=tuple(
-                f"{r['task']}: {r['failed']}" for r in self.records[name] if "failed" in r
+                f"{one['task']}: {why}"
+                for one in self.records[name]
+                if (why := one.get("failed") or one.get("unmet", {}).get(self.half))
             ),
         )
         if not own:
@@ -442,7 +449,7 @@ class _Group:
         )
 
 
-def _items(records: Sequence[Record], half: str, metric: str) -> dict[str, Items]:
+def _items(records: Sequence[Record], half: Half, metric: str) -> dict[str, Items]:
     """Task -> items, where an item's seeds share its weight."""
     tasks: dict[str, dict[str, list[Measured]]] = {}
     seeds = Counter(record["task"] for record in records)
@@ -455,7 +462,7 @@ def _items(records: Sequence[Record], half: str, metric: str) -> dict[str, Items
     return dict(tasks)
 
 
-def _costs(records: Sequence[Record], half: str) -> dict[str, float]:
+def _costs(records: Sequence[Record], half: Half) -> dict[str, float]:
     names = dict.fromkeys(name for r in records for name in r["tested"][half]["costs"])
     return {
         name: float(np.mean([r["tested"][half]["costs"][name][0] for r in records]))
