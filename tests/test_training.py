@@ -22,6 +22,7 @@ from innsteer.training import (
     best_scale,
     lessons,
     odds,
+    preference,
     said,
     target,
     teach,
@@ -94,7 +95,26 @@ def test_the_losses_are_their_formulas():
     # margins n - 2s
     want = (soft(-(1 - 2)) + soft(-(3 - 2)) + soft(1 + 2) + soft(3 + 2)) / 4
     assert odds(Told(), None, [1, 3]).item() == pytest.approx(want)
+    # raised by -2s over the plain margin n
+    want = (soft(0.1 * 2) + soft(0.1 * 2)) / 2
+    assert preference(0.1)(Told(), None, [1, 3]).item() == pytest.approx(want)
     assert LOSSES == {"said": said, "odds": odds, "target": target}
+
+
+def test_a_preference_asks_the_plain_model_once_per_item_and_never_with_the_edit():
+    class Asked(Told):
+        plain = []
+
+        def answers(self, interventions, items, coef, *, only=None):
+            if interventions is None:
+                assert not torch.is_grad_enabled() and not any(coef)
+                self.plain += items
+            return super().answers(interventions, items, coef, only=only)
+
+    run, loss, maps = Asked(), preference(), push()
+    for items in ([1, 2], [2, 3, 1], [3, 3]):
+        loss(run, maps, items)
+    assert run.plain == [1, 2, 3]
 
 
 # --- through the model ---------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,9 +33,7 @@ def said(run: Runner, maps: Interventions, items: Sequence[int]) -> Tensor:
 
 def odds(run: Runner, maps: Interventions, items: Sequence[int]) -> Tensor:
     """Mean of -log of the steered-for answer's share of both, at strengths 1 and -1, nats."""
-    both = run.answers(maps, [*items, *items], [1.0] * len(items) + [-1.0] * len(items))
-    margin = both.target - both.source
-    towards, away = margin[: len(items)], margin[len(items) :]
+    towards, away = _margins(run, maps, items)
     return nn.functional.softplus(torch.cat([-towards, away])).mean()
 
 
@@ -43,6 +41,55 @@ def target(run: Runner, maps: Interventions, items: Sequence[int]) -> Tensor:
     """Mean of -log P(target) at strength 1, nats: the loss of ReFT and of language modelling."""
     n = len(items)
     return -run.answers(maps, items, [1.0] * n, only=[0] * n).target.mean()
+
+
+def preference(beta: float = 0.1) -> Loss:
+    """The loss of BiPO for one training: preference optimisation at strengths 1 and -1, nats.
+
+    Mean of -log sigmoid(s * beta * raised) over both signs s, with raised how much strength s has
+    raised log P(target) - log P(source) over the plain model, which is asked once per item: ln 2
+    for an edit that does nothing.
+
+    Args:
+        beta: how soon a pair that is told apart counts no more, per nat.
+    """
+    plain: dict[int, float] = {}
+
+    def loss(run: Runner, maps: Interventions, items: Sequence[int]) -> Tensor:
+        if new := [item for item in dict.fromkeys(items) if item not in plain]:
+            with torch.no_grad():
+                both = run.answers(None, new, [0.0] * len(new))
+            plain.update(zip(new, (both.target - both.source).tolist(), strict=True))
+        towards, away = _margins(run, maps, items)
+        before = towards.new_tensor([plain[item] for item in items])
+        raised = torch.cat([-(towards - before), away - before])
+        return nn.functional.softplus(beta * raised).mean()
+
+    return loss
+
+
+def _margins(run: Runner, maps: Interventions, items: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """log P(target) - log P(source) of items at strength 1, and at -1, nats."""
+    n = len(items)
+    both = run.answers(maps, [*items, *items], [1.0] * n + [-1.0] * n)
+    margin = both.target - both.source
+    return margin[:n], margin[n:]
+
+
+SETTINGS = (
+    "steps",
+    "batch",
+    "learning_rate",
+    "weight_decay",
+    "unmoved",
+    "unmoved_batch",
+    "patience",
+)
+
+
+def settings(method: object) -> dict[str, Any]:
+    """Those fields of a method that are settings of ``train_through``, under their names."""
+    return {name: getattr(method, name) for name in SETTINGS if hasattr(method, name)}
 
 
 LOSSES: dict[str, Loss] = {"said": said, "odds": odds, "target": target}

@@ -14,7 +14,7 @@ from innsteer.errors import InputError, UnknownName
 from innsteer.flows import Standardise
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions, Runner, Steerer
-from innsteer.training import LOSSES, lessons, teach, train_through
+from innsteer.training import LOSSES, lessons, settings, teach, train_through
 
 Form = Literal["loreft", "tanh"]
 
@@ -150,18 +150,7 @@ class LoReFT(Steerer):
     def fit_through(self, run: Runner, *, seed: int = 0) -> Interventions:
         """Train through the model from the identity."""
         fitted = self._start(run.rows(), seed)
-        train_through(
-            run,
-            fitted,
-            loss=LOSSES[self.loss],
-            steps=self.steps,
-            batch=self.batch,
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
-            unmoved=self.unmoved,
-            patience=self.patience,
-            seed=seed,
-        )
+        train_through(run, fitted, loss=LOSSES[self.loss], seed=seed, **settings(self))
         return _settled(fitted)
 
     def _start(self, acts: Activations, seed: int) -> Interventions:
