@@ -26,6 +26,7 @@ from innsteer.report import Cloud, DosePoint, Figure, Report, TokenTrail
 from innsteer.site import Site
 from innsteer.steerer import Interventions
 from innsteer.steering import Steering
+from innsteer.suites.base import answered
 from innsteer.suites.behaviour import Suite
 from innsteer.tuning import control, control_meter, control_metric
 
@@ -53,6 +54,33 @@ class Arm:
         """What the backend applies."""
         return [self.edit] if self.edit else []
 
+    def measured(self, meter: Meter, kind: Kind = "neutral") -> list[Completion]:
+        """What a meter finds under it."""
+        if self.instruction:
+            return meter.prompted(self.instruction, kind=kind)
+        if self.adapter:
+            return meter.adapted(self.adapter, self.strength, kind=kind)
+        return meter(self.edits, kind=kind) if self.edit else meter.unsteered(kind=kind)
+
+    def answers(
+        self,
+        backend: HF,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        progress: Progress = silent,
+    ) -> list[Completion]:
+        """Its sampled answers; a suite may have nothing to ask."""
+        if not prompts:
+            return []
+        asked: Sequence[Prompt] = prompts
+        if self.instruction:
+            asked = [
+                replace(one, conversation=instruct(one.conversation, self.instruction))
+                for one in prompts
+            ]
+        with backend.adapted(self.adapter, self.strength):
+            return backend.generate(asked, self.edits, sampling, progress=progress)
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -60,7 +88,8 @@ class Sizes:
 
     Attributes:
         neutral_prompts: at least 100, with at least 2,000 response tokens together.
-        asides: neutral prompts answered, for over-refusal. aside_tokens: of each answer.
+        asides: neutral prompts answered, for over-refusal, where the suite has no harmless ones.
+        aside_tokens: of each answer.
         long: (tokens, prompts) of long answers, for degeneration.
         trails: answers whose displacement is shown token by token. cloud: items in the scatter.
     """
@@ -192,7 +221,8 @@ def evaluate(
     """
     if not arms or len({arm.name for arm in arms}) < len(arms):
         raise InputError("arms without distinct names", expected="at least one arm, all distinct")
-    require_scorer(suite.control)
+    for name in (suite.control, *suite.measures):
+        require_scorer(name)
     started = time.perf_counter()
     backend = HF.of(model)
     run = _Run(backend, suite, sizes, seed, progress)
@@ -201,6 +231,7 @@ def evaluate(
     completions += run.answers(arms)
     completions += run.divergence(arms, sites)
     completions += run.items(arms, sites)
+    completions += run.questions(arms, sites)
     completions += run.plain(arms)
     figures = [*_figures(arms, suite, completions), *run.ranges(steerings)]
     curves = [steering.curve for steering in steerings.values() if steering.curve]
@@ -260,18 +291,17 @@ class _Run:
         found: list[Completion] = []
         sampling = replace(suite.sampling, seed=suite.sampling.seed + self.seed)
         jobs = [("sample", suite.prompts, sampling)]
-        if self.sizes.asides:
-            aside = Sampling(self.sizes.aside_tokens, suite.sampling.temperature, self.seed)
-            jobs.append(("aside", suite.neutral[: self.sizes.asides], aside))
+        # All of a benchmark's own; of the neutral prompts, a few.
+        asides = suite.harmless or suite.neutral[: self.sizes.asides]
+        aside = Sampling(self.sizes.aside_tokens, suite.sampling.temperature, self.seed)
+        jobs.append(("aside", asides, aside))
         for tokens, count in self.sizes.long:
             sampling = Sampling(tokens, suite.sampling.temperature, self.seed)
             jobs.append(("long", suite.prompts[:count], sampling))
         for arm in arms:
             for kind, prompts, sampling in filter(lambda job: job[1], jobs):
                 self.progress(f"{arm.name}: {kind}", 0, len(prompts))
-                asked = [_asked(prompt, arm) for prompt in prompts]
-                with self.backend.adapted(arm.adapter, arm.strength):
-                    made = self.backend.generate(asked, arm.edits, sampling, progress=self.progress)
+                made = arm.answers(self.backend, prompts, sampling, self.progress)
                 if kind == "sample":
                     made = self._with_base(prompts, made)
                 values = {"asked": (float(sampling.new_tokens),)} if kind == "long" else {}
@@ -322,7 +352,7 @@ class _Run:
         found: list[Completion] = []
         for n, arm in enumerate(arms):
             self.progress(f"{kind} cost", n, len(arms))
-            made = _measured(meter, arm, kind)
+            made = arm.measured(meter, kind)
             found += [completion.by(arm.name, arm.strength) for completion in made]
         self.progress(f"{kind} cost", len(arms), len(arms))
         return found
@@ -349,9 +379,24 @@ class _Run:
         found: list[Completion] = []
         for n, arm in enumerate(arms):
             self.progress("items", n, len(arms))
-            made = control(_measured(meter, arm), items)
+            made = control(arm.measured(meter), items)
             found += [completion.by(arm.name, arm.strength) for completion in made]
         self.progress("items", len(arms), len(arms))
+        return found
+
+    def questions(self, arms: Sequence[Arm], sites: Sequence[Site]) -> list[Completion]:
+        """A benchmark's questions, all of their answers scored teacher-forced."""
+        asked = self.suite.questions
+        if not asked:
+            return []
+        forced = self.backend.forced([question.prompt for question in asked])
+        meter = self.backend.meter(forced, sites, divergence=False)
+        found: list[Completion] = []
+        for n, arm in enumerate(arms):
+            self.progress("questions", n, len(arms))
+            made = answered(arm.measured(meter), asked)
+            found += [completion.by(arm.name, arm.strength) for completion in made]
+        self.progress("questions", len(arms), len(arms))
         return found
 
     def plain(self, arms: Sequence[Arm]) -> list[Completion]:
@@ -465,29 +510,15 @@ class _Run:
         )
 
 
-def _measured(meter: Meter, arm: Arm, kind: Kind = "neutral") -> list[Completion]:
-    """What a meter finds under an arm."""
-    if arm.instruction:
-        return meter.prompted(arm.instruction, kind=kind)
-    if arm.adapter:
-        return meter.adapted(arm.adapter, arm.strength, kind=kind)
-    return meter(arm.edits, kind=kind) if arm.edit else meter.unsteered(kind=kind)
-
-
-def _asked(prompt: Prompt, arm: Arm) -> Prompt:
-    if not arm.instruction:
-        return prompt
-    return replace(prompt, conversation=instruct(prompt.conversation, arm.instruction))
-
-
 def _figures(arms: Sequence[Arm], suite: Suite, completions: Sequence[Completion]) -> list[Figure]:
     """Every metric of every arm, and its difference from the first arm, paired by item."""
-    family = metrics.get(suite.control).family
+    family, asked = metrics.get(suite.control).family, {suite.control, *suite.measures}
+    # Those that take something stand there with what the suite says.
+    known = set(metrics.names()) - {name.partition(":")[0] for name in asked}
+    usual = {name for name in known if metrics.get(name).family in ("", family)}
     found = []
-    for name in metrics.names():
+    for name in sorted(asked | usual):
         metric = metrics.get(name)
-        if metric.family not in ("", family):
-            continue
         by_arm = {
             arm.name: [c for c in completions if c.arm == arm.name and c.kind == metric.kind]
             for arm in arms

@@ -118,16 +118,7 @@ class Row(NamedTuple):
 
 def read_file(path: Path) -> list[Row]:
     """The rows of a file, at least one; how it is read is told by its suffix."""
-    try:
-        data = path.read_bytes()
-        data = gzip.decompress(data) if path.suffix == ".gz" else data
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise DataError(f"{path} cannot be read ({why})", expected="a data file") from error
-    except (EOFError, zlib.error) as error:
-        raise DataError(
-            f"{path} is cut short or damaged ({error})", expected="gzip", remedy="fetch it again"
-        ) from error
+    data = unpacked(path)
     if not is_readable(path):
         raise DataError(
             f"{path} has the suffix {_inner(path).suffix!r}",
@@ -135,6 +126,20 @@ def read_file(path: Path) -> list[Row]:
             remedy="name it by what it holds",
         )
     return _READERS[_inner(path).suffix.lower()](data, str(path))
+
+
+def unpacked(path: Path) -> bytes:
+    """What a file holds, unpacked where it is a .gz."""
+    try:
+        data = path.read_bytes()
+        return gzip.decompress(data) if path.suffix == ".gz" else data
+    except OSError as error:
+        why = error.strerror or str(error)
+        raise DataError(f"{path} cannot be read ({why})", expected="a data file") from error
+    except (EOFError, zlib.error) as error:
+        raise DataError(
+            f"{path} is cut short or damaged ({error})", expected="gzip", remedy="fetch it again"
+        ) from error
 
 
 def is_readable(path: Path) -> bool:
@@ -187,7 +192,7 @@ def _tsv(data: bytes, file: str) -> list[Row]:
 
 def _table(data: bytes, file: str, **how: Any) -> list[Row]:
     """Rows under a first line of column names; an empty cell is an absent one."""
-    text = _decoded(data.removeprefix(b"\xef\xbb\xbf"), file)
+    text = decoded(data.removeprefix(b"\xef\xbb\xbf"), file)
     # One cell may be a whole document; the default limit is 128 kB.
     before = csv.field_size_limit(max(len(text), 1))
     rows = []
@@ -226,7 +231,7 @@ def _table(data: bytes, file: str, **how: Any) -> list[Row]:
 def _text(data: bytes, file: str) -> list[Row]:
     """Text pairs, one per line: the text without the behaviour, a tab, the text with it."""
     rows = []
-    for n, line in enumerate(_decoded(data.removeprefix(b"\xef\xbb\xbf"), file).split("\n"), 1):
+    for n, line in enumerate(decoded(data.removeprefix(b"\xef\xbb\xbf"), file).split("\n"), 1):
         if not line.strip():
             continue
         cells = line.rstrip("\r").split("\t")
@@ -255,7 +260,7 @@ def _parquet(data: bytes, file: str) -> list[Row]:
     return read_rows(values, file)
 
 
-def _decoded(data: bytes, file: str, line: int | None = None) -> str:
+def decoded(data: bytes, file: str, line: int | None = None) -> str:
     """The text of a file in UTF-8, or of one of its lines."""
     try:
         return data.decode()
@@ -366,7 +371,7 @@ def _some(rows: list[Row], file: str) -> list[Row]:
 
 def _json(raw: bytes, file: str, line: int | None = None) -> Any:
     """The value of one line, or of a whole file where `line` is None."""
-    text = _decoded(raw, file, line)
+    text = decoded(raw, file, line)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:

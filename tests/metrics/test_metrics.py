@@ -31,6 +31,8 @@ def completion(kind, item, draw, *, seed=0, asked=256):
         "match": (draw.random() / 2,),
         "other": (draw.random() / 2,),
         "shift": (draw.gauss(0, 1),),
+        "true": tuple(-5 * draw.random() for _ in range(n)),
+        "false": tuple(-5 * draw.random() for _ in range(n)),
         "log_prob": tuple(-9 * draw.random() for _ in range(n)),
         "base_log_prob": tuple(-5 * draw.random() for _ in range(n)),
         "asked": (float(asked),),
@@ -145,9 +147,10 @@ def fewer_resamples(monkeypatch):
 @pytest.mark.parametrize("law", LAWS, ids=lambda law: law.__name__)
 @pytest.mark.parametrize("name", metrics.names())
 def test_every_metric_keeps_every_law(name, law):
-    if metrics.get(name).family == "sentiment":
-        pytest.importorskip("vaderSentiment")
-    law(metrics.get(name))
+    needed = {"sentiment": "vaderSentiment", "language": "py3langid"}
+    if (family := metrics.get(name).family) in needed:
+        pytest.importorskip(needed[family])
+    law(metrics.get("scored:builtins:len" if name == "scored" else name))
 
 
 @pytest.mark.parametrize("name", metrics.names())

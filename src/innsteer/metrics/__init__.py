@@ -5,7 +5,7 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 
-from innsteer.errors import UnknownName
+from innsteer.errors import InputError, UnknownName
 from innsteer.metrics.base import Metric, Score
 
 __all__ = ["Metric", "Score", "get", "names"]
@@ -23,14 +23,18 @@ def names() -> list[str]:
 
 @cache
 def get(name: str) -> Metric:
-    """A metric by its file's name.
+    """A metric by its file's name, and what it takes behind a colon: ``language:fr``.
 
     >>> get("neutral_cost").unit
     'nats per token'
+
+    Raises:
+        UnknownName: no such metric. InputError: it takes nothing.
     """
-    if name not in names():
-        raise UnknownName("metric", name, names())
-    module = import_module(f"innsteer.metrics.{name}")
+    own, _, argument = name.partition(":")
+    if own not in names():
+        raise UnknownName("metric", own, names())
+    module = import_module(f"innsteer.metrics.{own}")
     kinds = [
         value
         for value in vars(module).values()
@@ -39,4 +43,6 @@ def get(name: str) -> Metric:
         and value.__module__ == module.__name__
     ]
     assert len(kinds) == 1, f"{module.__name__} must hold exactly one Metric"
-    return kinds[0]()
+    if argument and not kinds[0].takes:
+        raise InputError(f"{argument!r} for the metric {own!r}", expected="its name alone")
+    return kinds[0](argument)

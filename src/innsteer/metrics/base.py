@@ -41,18 +41,24 @@ class Metric(ABC):
     """A measure of completions of one kind.
 
     Class variables: ``kind`` of completions it reads, ``unit``, ``better`` (``higher``, ``lower``
-    or ``neither``), and ``family`` for scorers that only some behaviours concern ("" = every one).
+    or ``neither``), ``family`` for scorers that only some behaviours concern ("" = every one), and
+    ``takes`` for what may stand after a colon behind the name ("" = nothing).
     """
 
     kind: ClassVar[Kind]
     unit: ClassVar[str]
     better: ClassVar[str]
     family: ClassVar[str] = ""
+    takes: ClassVar[str] = ""
+
+    def __init__(self, argument: str = "") -> None:
+        self.argument = argument
 
     @property
     def name(self) -> str:
-        """The name of the metric's file."""
-        return type(self).__module__.rpartition(".")[2]
+        """The name of the metric's file, with what stands behind it."""
+        own = type(self).__module__.rpartition(".")[2]
+        return f"{own}:{self.argument}" if self.argument else own
 
     @abstractmethod
     def measure(self, completion: Completion) -> Measured | None:

@@ -14,6 +14,7 @@ from innsteer.contrast import Contrast
 from innsteer.errors import DataError, InputError
 from innsteer.files import canonical
 from innsteer.formats import Conversation, messages
+from innsteer.suites.base import Benchmark, Question
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class Suite:
         behaviour: its name. control: the metric that says how far it moved.
         prompts: to be answered freely. sampling: how.
         items: test items of the contrast, scored teacher-forced.
+        questions: of a benchmark, all of their answers scored. measures: its metrics.
+        harmless: prompts that ought to be answered, for over-refusal; () = neutral ones.
         neutral: prompts that the behaviour does not concern, for the neutral cost.
         in_format: prompts that only look like the behaviour's, for the in-format cost.
         plain: held-out plain texts, for bits per byte.
@@ -43,6 +46,9 @@ class Suite:
     instruction: str = ""
     neutral_tokens: int = 24
     others: tuple[Contrast, ...] = ()
+    questions: tuple[Question, ...] = ()
+    measures: tuple[str, ...] = ()
+    harmless: tuple[Prompt, ...] = ()
 
     def preview(self, *, prompts: int = 8, new_tokens: int = 32) -> "Suite":
         """A small version whose figures are a foretaste, not a measurement."""
@@ -54,6 +60,8 @@ class Suite:
             items=items.subset(min(len(items), 8), 0) if items else None,
             neutral=self.neutral[:16],
             in_format=self.in_format[:8],
+            questions=self.questions[:8],
+            harmless=self.harmless[:prompts],
             plain=(),
             others=(),
         )
@@ -67,7 +75,7 @@ def load(
     control: str = "",
     instruction: str = "",
 ) -> Suite:
-    """The suite of a contrast: its built-in prompts and scorer, or the ones given.
+    """The suite of a contrast: its built-in or its benchmark's prompts and scorer, or those given.
 
     Without a scorer, control is measured on the held-out items: ``preference`` for open answers,
     ``alignment`` for choices.
@@ -76,15 +84,18 @@ def load(
         part: ``test`` or ``validation``; they share no prompt and no source.
         prompts: to be answered instead of the behaviour's own.
     """
-    known = meta(contrast)
+    known, own = meta(contrast), Benchmark.of(contrast)
+    asked = own.asks(part, harmless=False)
     kind = "alignment" if contrast.kind == "choice" else "preference"
     # What a choice item's sampled answer says is read from 16 tokens, drawn at temperature 1.
-    usual = {"new_tokens": 16, "temperature": 1.0} if contrast.kind == "choice" else {}
+    spoken = contrast.kind == "choice" and not asked
+    usual = {"new_tokens": 16, "temperature": 1.0} if spoken else {}
     sampling = Sampling(**known.get("sampling", usual))
+    asked = asked or _own(contrast, part, known)
     return Suite(
         behaviour=contrast.behaviour,
-        control=control or known.get("scorer", kind),
-        prompts=_own(contrast, part, known) if prompts is None else _numbered(part, prompts),
+        control=control or known.get("scorer") or next(iter(own.measures), kind),
+        prompts=asked if prompts is None else _numbered(part, prompts),
         sampling=sampling,
         items=contrast.part(part),
         neutral=neutral(part),
@@ -96,6 +107,9 @@ def load(
             for name in contrasts.names()
             if name != contrast.behaviour
         ),
+        questions=own.questions(part),
+        measures=own.measures,
+        harmless=own.asks(part, harmless=True),
     )
 
 
