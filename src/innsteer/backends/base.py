@@ -13,7 +13,16 @@ from innsteer.interventions import Edit
 from innsteer.site import Site
 
 Kind = Literal[
-    "sample", "choice", "pair", "neutral", "in_format", "plain", "aside", "long", "other"
+    "sample",
+    "choice",
+    "pair",
+    "question",
+    "neutral",
+    "in_format",
+    "plain",
+    "aside",
+    "long",
+    "other",
 ]
 Progress = Callable[[str, int, int], None]
 """Called as ``progress(stage, done, total)``."""
@@ -55,10 +64,11 @@ class Completion:
     """What one arm did with one item: the only thing that metrics see.
 
     Attributes:
-        kind: ``sample`` a generated answer; ``choice`` and ``pair`` scored answers; ``neutral``
-            and ``in_format`` divergence from the unsteered model; ``plain`` scored plain text;
-            ``aside`` an answer to a neutral prompt; ``long`` an answer of ``asked`` tokens;
-            ``other`` a scored pair of another behaviour, named by ``key``.
+        kind: ``sample`` a generated answer; ``choice`` and ``pair`` scored answers; ``question``
+            all scored answers of a question; ``neutral`` and ``in_format`` divergence from the
+            unsteered model; ``plain`` scored plain text; ``aside`` an answer to a harmless prompt;
+            ``long`` an answer of ``asked`` tokens; ``other`` a scored pair of another behaviour,
+            named by ``key``.
         prompt, text: what was asked and answered, as text.
         values: measured numbers by name, each a tuple, for instance ``kl`` in nats per token.
         key: for choices, the answer that matches the behaviour.

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,19 @@ from innsteer.site import Site, Span, Where
 WINDOW = 4096
 """Texts that are encoded at once, and whose lengths make up the batches of a recording."""
 _Job = tuple[Item, str, Encoded]
+
+
+class Scored(NamedTuple):
+    """What a model gives a sequence's tokens after its prompt.
+
+    Attributes:
+        log_probs: of each of them, natural logarithm. greedy: whether each was the most probable.
+        steered: how many tokens of the whole sequence were edited.
+    """
+
+    log_probs: tuple[float, ...]
+    greedy: bool
+    steered: int
 
 
 class _Stop(BaseException):
@@ -166,26 +179,51 @@ class HF(Engine):
             for i, prompt in enumerate(prompts)
             for answer in prompt.answers
         ]
-        found: list[tuple[float, ...]] = [()] * len(jobs)
         rows = [encoded for _, encoded in jobs]
+        owners = [i for i, _ in jobs]
+        answers: list[list[tuple[float, ...]]] = [[] for _ in prompts]
+        scored = self.score_encoded(rows, edits, owners=owners, progress=progress)
+        for i, found in zip(owners, scored, strict=True):
+            answers[i].append(found.log_probs)
+        return answers
+
+    def score_encoded(
+        self,
+        rows: Sequence[Encoded],
+        edits: Sequence[Edit] = (),
+        *,
+        owners: Sequence[int] | None = None,
+        progress: Progress = silent,
+    ) -> list[Scored]:
+        """What the model gives the tokens after each row's prompt.
+
+        Args:
+            owners: of each row the row of ``coef`` that is its own; default: one each, in order.
+
+        Raises:
+            NothingSteeredError: no token of all these rows was in an edit's scope.
+        """
+        own = range(len(rows)) if owners is None else owners
+        found: dict[int, Scored] = {}
         with tally(edits) as trace:
             for index in self._batches([len(row.ids) for row in rows], progress, "score"):
                 part = [rows[j] for j in index]
-                ids, mask = self._pad([row.ids for row in part], side="left")
-                longest = max(len(row.ids) - row.prompt for row in part)
-                owners = [jobs[j][0] for j in index]
-                with torch.inference_mode(), self._steered(edits, owners, part, trace):
-                    logits = self._logits(ids, mask, longest + 1)
-                    log_probs = logits[:, :-1].float().log_softmax(-1)
-                    answer = ids[:, ids.shape[1] - longest :].unsqueeze(-1)
-                    picked = log_probs.gather(-1, answer).squeeze(-1)
+                # What follows the last token is asked of nobody, so that it need not be run.
+                run = [row.ids[: max(row.prompt, len(row.ids) - 1)] for row in part]
+                ids, mask = self._pad(run, side="left")
+                answers, _ = self._pad([row.ids[row.prompt :] for row in part], side="left")
+                longest = answers.shape[1]
+                steered = self._steered(edits, [own[j] for j in index], part, trace)
+                with torch.inference_mode(), steered:
+                    log_probs = self._logits(ids, mask, max(longest, 1)).float().log_softmax(-1)
+                    picked = log_probs.gather(-1, answers.unsqueeze(-1)).squeeze(-1)
+                    best = log_probs.argmax(-1) == answers
+                touched = trace.steered if edits else [[] for _ in index]
                 for row, j in enumerate(index):
-                    own = len(part[row].ids) - part[row].prompt
-                    found[j] = tuple(picked[row, longest - own :].tolist())
-        answers: list[list[tuple[float, ...]]] = [[] for _ in prompts]
-        for (i, _), values in zip(jobs, found, strict=True):
-            answers[i].append(values)
-        return answers
+                    first = longest - (len(part[row].ids) - part[row].prompt)
+                    values = tuple(picked[row, first:].tolist())
+                    found[j] = Scored(values, bool(best[row, first:].all()), len(touched[row]))
+        return [found[j] for j in range(len(rows))]
 
     def score_text(self, texts: Sequence[str], edits: Sequence[Edit] = ()) -> list[float]:
         """Total log-probability of plain texts, without any template; every token steered.

@@ -5,8 +5,9 @@ kept. It stands in comparisons beside the steerers, trained by the same trainer 
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,9 +18,10 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from innsteer.backends.through import Through
-from innsteer.errors import InputError, MissingPackage
+from innsteer.errors import InputError, MissingPackage, UnknownName
 from innsteer.models import LanguageModel
 from innsteer.steerer import tensor_bytes
+from innsteer.training import LOSSES, settings, train_through
 
 WHOLE = 4096
 """Tokens per pass; all of a prompt's are computed."""
@@ -241,3 +243,74 @@ class Adapted(Through):
             for row, s in enumerate(sequences)
         ]
         return list(torch.split(head(torch.cat(own)), [len(part) for part in own]))
+
+
+@dataclass(frozen=True)
+class LoRATraining:
+    """How a LoRA is trained: by the trainer of all methods, stopped by validation.
+
+    Attributes:
+        rank: r. alpha: the scale at strength 1 is alpha / r; default: 2 r.
+        loss: ``target``, ``said`` or ``odds``, see ``training``.
+        learning_rate, steps: AdamW, cosine decay; the best validation state is kept.
+        batch, unmoved_batch: smaller than those of maps, because every token of a prompt runs.
+        held: so many validation items at most.
+        unmoved: weight of the divergence on unmoved sequences.
+
+    Raises:
+        UnknownName: of a loss. InputError: a number out of range.
+    """
+
+    rank: int = 8
+    alpha: int | None = None
+    loss: str = "said"
+    learning_rate: float = 1e-3
+    steps: int = 90
+    batch: int = 8
+    unmoved_batch: int = 4
+    held: int = 48
+    unmoved: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise UnknownName("loss", self.loss, list(LOSSES))
+        for name in ("rank", "alpha", "steps", "batch"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= value <= 100_000:
+                raise InputError(f"{name}={value}", expected="1 to 100000")
+        if not 0 < self.learning_rate < 1:
+            raise InputError(f"learning_rate={self.learning_rate}", expected="above 0, below 1")
+        if min(self.unmoved, self.unmoved_batch, self.held) < 0:
+            raise InputError("unmoved, unmoved_batch or held below 0", expected="at least 0")
+
+    def fit(
+        self,
+        model: LanguageModel,
+        run: Through,
+        *,
+        seed: int = 0,
+        watch: Callable[[LoRA], None] | None = None,
+    ) -> LoRA:
+        """Place adapters in the model and train them on a run's items; ``remove`` takes them out.
+
+        Args:
+            watch: called with the adapters before every validation.
+
+        Raises:
+            MissingPackage: peft is not installed. InputError: a loss that is not finite.
+        """
+        alpha = 2 * self.rank if self.alpha is None else self.alpha
+        lora = LoRA(model, rank=self.rank, alpha=alpha, seed=seed)
+        try:
+            train_through(
+                Adapted(run, held=self.held),
+                lora,  # type: ignore[arg-type]
+                loss=LOSSES[self.loss],
+                seed=seed,
+                watch=None if watch is None else lambda _: watch(lora),
+                **settings(self),
+            )
+        except BaseException:
+            lora.remove()
+            raise
+        return lora
