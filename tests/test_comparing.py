@@ -10,9 +10,11 @@ import pytest
 import torch
 
 import tiny
-from innsteer import comparing
+from innsteer import comparing, fitting
 from innsteer.activations import Activations
+from innsteer.backends.hf import HF
 from innsteer.comparing import (
+    Cell,
     Comparison,
     Contender,
     Evaluation,
@@ -21,12 +23,14 @@ from innsteer.comparing import (
     contenders,
     shuffled,
 )
-from innsteer.errors import BudgetError, InputError, MissingPackage, UnknownName
-from innsteer.standings import page, standings
+from innsteer.errors import BudgetError, InnsteerError, InputError, MissingPackage, UnknownName
+from innsteer.site import Site
+from innsteer.standings import HALVES, page, standings
 from innsteer.suites import behaviour as suites
 from words import contrast, yes_or_no
 
 CHOICE, OPEN = contrast(yes_or_no), contrast()
+OTHER = replace(CHOICE, behaviour="another", items=CHOICE.items[:-1])
 SMALL = {"evaluations": 9, "items": 6, "search_tokens": 20, "answers": 3}
 
 
@@ -41,6 +45,15 @@ def few(monkeypatch):
     neutral, own = suites.neutral, suites.in_format
     monkeypatch.setattr(suites, "neutral", lambda part: neutral(part)[:4])
     monkeypatch.setattr(suites, "in_format", lambda of, part: own(of, part)[:6])
+
+
+def lasting(value):
+    """What a record says that is no time and no memory."""
+    times = {"seconds", "fit_seconds", "record_seconds", "search_seconds", "tokens_per_second"}
+    times.add("memory")
+    if isinstance(value, dict):
+        return {key: lasting(part) for key, part in value.items() if key not in times}
+    return [*map(lasting, value)] if isinstance(value, list) else value
 
 
 def comparison(model, folder, *rows, tasks=(CHOICE,), **how):
@@ -71,6 +84,11 @@ def test_every_method_of_the_shelf_contends_on_all_that_it_can_be_fitted_on():
         ({"method": "unsteered", "input": "classes"}, InputError, "expected neither"),
         ({"method": "diffmean", "alone": True}, InputError, "a rule of its own among layers"),
         ({"method": "iti", "input": "target"}, InputError, "expected 'classes'"),
+        ({"method": "lora", "input": "classes"}, InputError, "expected input 'model'"),
+        ({"method": "lora", "ranks": 4}, UnknownName, "did you mean 'rank'"),
+        ({"method": "lora", "loss": "sad"}, UnknownName, "did you mean 'said'"),
+        ({"method": "lora", "learning_rate": 0.0}, InputError, "above 0, below 1"),
+        ({"method": "lora", "rank": 0}, InputError, "1 to 100000"),
     ],
 )
 def test_a_contender_that_cannot_be_is_refused(how, error, said):
@@ -203,6 +221,37 @@ def test_a_rule_of_its_own_among_layers_is_kept_and_has_a_form_at_one(model, tmp
         assert len(record["evaluations"]) == 9 and record["tested"]["both"]["items"]["alignment"]
 
 
+def test_a_lora_contends_by_its_scale_and_leaves_the_model_as_it_was(model, tmp_path):
+    before = {name: value.clone() for name, value in model.model.state_dict().items()}
+    rows = [Contender.of("unsteered"), Contender.of("diffmean")]
+    rows.append(Contender.of("lora", rank=2, steps=15, learning_rate=1e-2, held=4))
+    whole = comparison(model, tmp_path, *rows)
+    whole.run()
+    plain, diffmean, lora = whole.found()
+    assert lora["contender"] == "lora rank=2 steps=15 learning_rate=0.01 held=4"
+    assert lora["input"] == "model" and lora["layer"] is None and lora["sites"] == []
+    assert len(lora["evaluations"]) == 9 and lora["fits"] == 1 and lora["bytes"] > 0
+    assert lora["fit_seconds"] > 0 and lora["record_seconds"] > 0
+    costs = {one["strength"]: one["neutral"] for one in lora["evaluations"]}
+    assert len(set(costs.values())) > 3, "its scale is the strength"
+    items = [one["tested"]["neutral"]["items"]["alignment"] for one in (plain, lora)]
+    assert items[0].keys() == items[1].keys() and items[0] != items[1]
+    after = model.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert "lora" in page(standings(whole.found()), whole.found(), whole.context())
+    other = comparison(model, tmp_path, Contender.of("lora", rank=2, steps=15, held=4))
+    assert other.left(), "a learning rate decides a cell"
+
+
+def test_a_lora_that_fails_leaves_the_model_as_it_was(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparing._Task, "_dosed", lambda *_: 1 / 0)
+    names = set(model.model.state_dict())
+    with pytest.raises(ZeroDivisionError):
+        comparison(model, tmp_path, Contender.of("lora", steps=1, held=2)).run()
+    assert set(model.model.state_dict()) == names
+
+
 def test_an_interrupted_comparison_goes_on_and_measures_nothing_twice(model, tmp_path):
     rows = [Contender.of("diffmean"), Contender.of("ridge", grid=[1.0, 10.0])]
     first = comparison(model, tmp_path, *rows)
@@ -224,14 +273,72 @@ def test_an_interrupted_comparison_goes_on_and_measures_nothing_twice(model, tmp
     assert not again.left() and done.stat().st_mtime_ns == before
     fresh = comparison(model, tmp_path / "fresh", *rows)
     fresh.run()
-    times = {"seconds", "fit_seconds", "record_seconds", "search_seconds", "tokens_per_second"}
+    assert lasting(fresh.found()) == lasting(again.found())
 
-    def lasting(value):
-        if isinstance(value, dict):
-            return {k: lasting(v) for k, v in value.items() if k not in times}
-        return value
 
-    assert [lasting(one) for one in fresh.found()] == [lasting(one) for one in again.found()]
+def test_cells_shared_by_processes_are_those_of_one(model, tmp_path):
+    rows = [Contender.of("unsteered"), Contender.of("diffmean")]
+    few = Protocol.of(model, layers=(1,), evaluations=2, items=4, search_tokens=20, answers=2)
+    one, two = (
+        comparison(model, tmp_path / name, *rows, tasks=(CHOICE, OTHER), protocol=few)
+        for name in ("one", "two")
+    )
+    one.run()
+    told = []
+    two.run(jobs=2, progress=lambda *at: told.append(at))
+    assert told[-1] == ("cells", 4, 4) and not two.left()
+    for mine, theirs in zip(one.found(), two.found(), strict=True):
+        # Their neutral prompts are all there are, these the few of a test.
+        assert mine["contender"] == theirs["contender"] and mine["task"] == theirs["task"]
+        assert theirs["tested"].keys() == {"neutral", "both"}
+        if mine["contender"] == "unsteered":
+            assert mine["tested"]["both"]["items"] == theirs["tested"]["both"]["items"]
+
+
+def test_what_fails_in_a_process_is_told_and_the_others_stop(model, tmp_path):
+    whole = comparison(model, tmp_path, Contender.of("diffmean"), tasks=(CHOICE, OTHER))
+    whole.tasks = (CHOICE, replace(OTHER, items=OTHER.items[:1]))
+    with pytest.raises(InnsteerError):
+        whole.run(jobs=2)
+    with pytest.raises(InputError, match="0 jobs"):
+        whole.run(jobs=0)
+
+
+def test_processes_share_tasks_and_part_one_only_where_some_would_be_idle(model, tmp_path):
+    rows = [*map(Contender.of, ("unsteered", "diffmean", "ridge", "mimic"))]
+    two = comparison(model, tmp_path, *rows, tasks=(CHOICE, OTHER))
+    assert two._shares(range(8), 2) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    one = comparison(model, tmp_path, *rows)
+    assert one._shares([0, 1, 3], 2) == [[0, 3], [1]]
+    assert one._shares([3], 4) == [[3]]
+
+
+def test_prefixes_run_once_for_all_that_fit_through_the_model(model, tmp_path, monkeypatch):
+    made, real = [], comparing.through
+
+    def counted(backend, contrast, sites, **how):
+        made.append(tuple(sites))
+        return real(backend, contrast, sites, **how)
+
+    monkeypatch.setattr(comparing, "through", counted)
+    few = {"steps": 1, "batch": 2}
+    rows = [Contender.of("loreft", **few), Contender.of("loreft", rank=2, **few)]
+    rows += [Contender.of("condgrad"), Contender.of("ridge", "target")]
+    whole = comparison(model, tmp_path, *rows)
+    whole.run()
+    each = [(Site(layer),) for layer in (0, 1, 2)]
+    assert sorted(made) == sorted([*each, tuple(site for (site,) in each)])
+    made.clear()
+    comparison(model, tmp_path / "gradients", Contender.of("condgrad")).run()
+    assert made == [tuple(site for (site,) in each)], "gradients come with the rows"
+    found = {record["contender"]: record for record in whole.found()}
+    assert not any("failed" in record for record in found.values())
+    assert all(record["memory"] is None or record["memory"] > 0 for record in found.values())
+    alone = fitting.fit(model, CHOICE, "condgrad", sites=(Site(found["condgrad"]["layer"]),))
+    shared = comparing._Task(HF.of(model), CHOICE, whole.protocol, "", {})
+    fit = shared._fit(Cell(rows[2], CHOICE, 0), tuple(alone.interventions))
+    for name, value in alone.interventions.state_dict().items():
+        torch.testing.assert_close(fit.arm(1.0).edit.interventions.state_dict()[name], value)
 
 
 def test_what_decides_a_cell_names_its_file(model, tmp_path):
@@ -275,11 +382,12 @@ def test_a_method_that_refuses_leaves_a_cell_that_says_so(model, tmp_path, monke
 
 
 def test_a_budget_that_cannot_be_met_leaves_the_figures_of_the_other(model, tmp_path, monkeypatch):
-    def bare(checks, edit, strength, budget, progress):
-        if "in_format_cost" in checks:
+    def bare(cost, strength, budget):
+        if next(halves) == "both":
             raise BudgetError("the cost stays above 0.0953 nats at every strength tried")
         return strength
 
+    halves = iter(HALVES)
     monkeypatch.setattr(comparing, "within", bare)
     whole = comparison(model, tmp_path, Contender.of("unsteered"), Contender.of("diffmean"))
     whole.run()

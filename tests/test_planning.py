@@ -2,8 +2,10 @@
 
 import dataclasses
 import time
+from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import tiny
@@ -11,7 +13,7 @@ from innsteer import fitting, get, shelf
 from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError
-from innsteer.planning import _weigh, plan
+from innsteer.planning import Peak, _weigh, plan
 from innsteer.site import Site
 from words import register, rows, yes_or_no
 
@@ -24,6 +26,27 @@ def model():
 @pytest.fixture(scope="module")
 def data():
     return Contrast.load(rows(), behaviour="mine")
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells")
+def test_a_peak_is_what_memory_grew_by_at_most():
+    with Peak() as large:
+        rows = torch.ones(30 << 20)  # 120 MiB, touched
+        del rows
+    with Peak() as small:
+        torch.ones(1 << 10)
+    assert 110 << 20 < large.bytes < 200 << 20
+    assert 0 <= small.bytes < 20 << 20
+
+
+def test_a_system_that_does_not_tell_has_no_peak(monkeypatch):
+    def refuse(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with Peak() as peak:
+        pass
+    assert peak.bytes is None
 
 
 class Counted:

@@ -1,13 +1,20 @@
 """The shelf: what is read from the files is what the classes say, third parties' too."""
 
 import dataclasses
+import importlib.util
+import json
 import sys
 from importlib.metadata import EntryPoint
+from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 import innsteer
-from innsteer import shelf, steerer
+import test_readme
+from innsteer import cli, shelf, steerer, steerers
+from innsteer.comparing import contenders
+from innsteer.contrast import Contrast, Item
 from innsteer.errors import InputError
 from innsteer.steerer import Steerer
 
@@ -55,6 +62,35 @@ def plug(tmp_path, monkeypatch):
         sys.modules.pop(module, None)
 
 
+@pytest.fixture
+def drop(tmp_path, monkeypatch):
+    """Puts a file beside the shelf's own, and takes it away again."""
+    name = "innsteer.steerers.dropped"
+
+    def put(source):
+        for path in Path(steerers.__file__).parent.glob("*.py"):
+            (tmp_path / path.name).symlink_to(path)
+        (tmp_path / "dropped.py").write_text(source, encoding="utf-8")
+        monkeypatch.setattr(shelf, "_SHELF", tmp_path)
+        monkeypatch.setattr(steerers, "__path__", [str(tmp_path)])
+        shelf.modules.cache_clear()
+
+    yield put
+    monkeypatch.undo()
+    shelf.modules.cache_clear()
+    if sys.modules.pop(name, None):
+        del steerers.dropped
+
+
+def contract():
+    """The contract test as it is read with the shelf that there is now."""
+    path = Path(__file__).parent / "steerers" / "test_contract.py"
+    spec = importlib.util.spec_from_file_location("contract_read_again", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 @pytest.mark.parametrize("method", shelf.describe(), ids=lambda method: method["name"])
 def test_a_description_says_what_the_class_says(method):
     made = steerer.get(method["name"])
@@ -83,6 +119,28 @@ def test_a_method_is_a_frozen_dataclass_whose_fields_all_have_defaults(name):
 def test_names_are_sorted_and_the_same_everywhere():
     assert shelf.names() == innsteer.names() == sorted(shelf.names())
     assert [method["name"] for method in shelf.describe()] == shelf.names()
+
+
+def test_one_more_file_is_listed_held_to_the_contract_compared_and_in_the_tables(drop):
+    source = Path(steerers.__file__).with_name("sadi.py").read_text(encoding="utf-8")
+    drop(source)
+    listed = CliRunner().invoke(cli.app, ["methods", "--json"])
+    assert {method["name"] for method in json.loads(listed.output)} == {*shelf.names()}
+    assert "dropped" in shelf.names()
+    laws = contract()
+    assert "dropped" in laws.every_method.args[1]
+    laws.test_strength_points_from_source_to_target("dropped")
+    task = Contrast("b", "choice", (Item("1", "Is tea good?", "N", "Y", "Y", "1"),))
+    found = {one.input for one in contenders([task]) if one.method == "dropped"}
+    assert found == {"classes", "target"}
+    assert "| `dropped` |" in test_readme.methods_table()
+
+
+def test_one_more_file_that_breaks_a_law_is_found(drop):
+    source = Path(steerers.__file__).with_name("sadi.py").read_text(encoding="utf-8")
+    drop(source.replace("return (coef @", "return -(coef @"))
+    with pytest.raises(AssertionError, match="does not reach the target"):
+        contract().test_strength_points_from_source_to_target("dropped")
 
 
 def test_a_method_of_another_package_is_listed_described_and_made(plug):

@@ -12,7 +12,8 @@ from innsteer.standings import page, save, standings
 
 def record(name, task, shift, *, seed=0, input="classes", metric="alignment", failed="", **more):
     """A cell as a comparison writes it: twelve items whose alignment is 0.5 + shift."""
-    cell = {"contender": name, "task": task, "seed": seed, "input": input, "control": metric}
+    cell = {"contender": name, "method": name, "fields": {}, "input": input}
+    cell |= {"task": task, "seed": seed, "control": metric}
     if failed:
         return cell | {"failed": failed}
     items = {f"{n:02d}": [[0.5 + shift + 0.01 * (n % 3), 1.0, "Yes"]] for n in range(12)}
@@ -24,7 +25,14 @@ def record(name, task, shift, *, seed=0, input="classes", metric="alignment", fa
         "samples": [["Is it so?", "<b>Yes</b>"]],
     }
     point = {"layer": 3, "strength": 2.0, "control": 0.6, "neutral": 0.05, "in_format": 0.01}
-    run = {"fit_seconds": 8.0, "fits": 4, "bytes": 2048, "layer": 3, "evaluations": [point]}
+    run = {
+        "fit_seconds": 8.0,
+        "fits": 4,
+        "bytes": 2048,
+        "memory": 3 << 20,
+        "layer": 3,
+        "evaluations": [point],
+    }
     return cell | {"tested": {"neutral": half, "both": half}} | (run if input else {}) | more
 
 
@@ -70,6 +78,7 @@ def test_rows_stand_by_control_with_their_gap_to_the_reference(records):
     assert rows["aimed"].ahead.value == pytest.approx(-0.1)
     assert rows["strong"].ahead is None and rows["strong"].p is None
     assert rows["weak"].fit_seconds == 2.0 and rows["weak"].size == 2048
+    assert rows["weak"].memory == 3 << 20
     assert rows["weak"].speed == pytest.approx(0.8) and rows["unsteered"].speed == 1.0
     assert rows["weak"].costs == {"neutral_cost": 0.05, "in_format_cost": 0.01}
     assert rows["weak"].said.value == rows["weak"].control.value
@@ -178,6 +187,35 @@ def test_tables_are_text_markdown_latex_and_json(records, tmp_path):
     }
     assert path.name == "comparison.html" and (tmp_path / "tables.tex").stat().st_size > 500
     assert (tmp_path / "tables.md").read_text().count("###") == 2
+
+
+def test_raw_cells_are_a_table_too(records, tmp_path, monkeypatch):
+    from pyarrow import parquet
+
+    one, failed = records[16], {**records[17], "failed": "no such layer"}
+    del failed["tested"]
+    half = {**records[18], "unmet": {"both": "too dear"}, "tested": dict(records[18]["tested"])}
+    del half["tested"]["both"]
+    one = {**one, "measures": ["said_alignment", "mc1"]}
+    one["tested"]["both"]["items"]["mc1"] = {"a": [[1.0, 1.0, ""]], "b": [[0.0, 1.0, ""]]}
+    every = [one, failed, half]
+    save(tmp_path, standings(every), every, {})
+    rows = parquet.read_table(tmp_path / "cells.parquet").to_pylist()
+    assert [(row["contender"], row["within"], row["failed"]) for row in rows] == [
+        (one["contender"], "neutral", ""),
+        (one["contender"], "both", ""),
+        (failed["contender"], None, "no such layer"),
+        (half["contender"], "neutral", ""),
+        (half["contender"], "both", "too dear"),
+    ]
+    (alone,) = [t for t in standings([one]) if (t.metric, t.half) == ("alignment", "both")]
+    assert rows[1]["control"] == pytest.approx(alone.rows[0].control.value)
+    assert rows[1]["mc1"] == 0.5, "a benchmark's own measures too"
+    assert rows[2]["control"] is rows[4]["control"] is rows[4]["neutral_cost"] is None
+    assert rows[0]["neutral_cost"] == one["tested"]["neutral"]["costs"]["neutral_cost"][0]
+    monkeypatch.setattr("innsteer.standings.find_spec", lambda name: None)
+    save(tmp_path / "without", [], [one], {})
+    assert not (tmp_path / "without" / "cells.parquet").exists()
 
 
 def test_a_page_holds_every_plot_and_text_of_a_model_is_only_text(records):

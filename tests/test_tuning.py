@@ -212,7 +212,11 @@ def test_the_check_shrinks_strength_until_the_interval_lies_within_the_budget(me
     from innsteer.metrics import get as metric
 
     start, _ = tuning._search({"neutral_cost": meter}, fitted.edit, 0.05, silent)
-    strength = tuning.within({"neutral_cost": meter}, fitted.edit, start, 0.05, silent)
+
+    def high(strength):
+        return tuning._worst({"neutral_cost": meter}, fitted.edit, strength, "high")
+
+    strength = tuning.within(high, start, 0.05)
     assert 0 < strength < start
     score = metric("neutral_cost").score(meter([fitted.edit(strength)]), level=0.9)
     assert score.high <= 0.05
@@ -261,14 +265,18 @@ def test_a_checked_strength_is_no_preview(model, fitted, monkeypatch):
     assert tuned.provenance["tuning"]["formal-ish"]["control"] == "alignment"
 
 
-def test_the_check_ends_where_the_cost_saturates_at_a_small_strength(monkeypatch):
+def test_the_check_ends_where_the_cost_saturates_at_a_small_strength():
     """A gate that lets a few prompts through: they cost all there is, at 1 as at 4."""
-    priced = Priced(monkeypatch, lambda s: 0.12 * (1 - math.exp(-20 * s)))
-    strength = tuning.within({}, None, 4.0, 0.1, silent)
-    assert priced.asked[-1] == strength and 0.01 < strength < 0.1
+    asked = []
+
+    def cost(strength):
+        asked.append(strength)
+        return 0.12 * (1 - math.exp(-20 * strength))
+
+    strength = tuning.within(cost, 4.0, 0.1)
+    assert asked[-1] == strength and 0.01 < strength < 0.1
     with pytest.raises(BudgetError, match="stays above"):
-        Priced(monkeypatch, lambda s: 0.2)
-        tuning.within({}, None, 4.0, 0.1, silent)
+        tuning.within(lambda s: 0.2, 4.0, 0.1)
 
 
 def test_the_curve_is_measured_on_the_tokens_of_the_check(model, fitted, monkeypatch):

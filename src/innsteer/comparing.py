@@ -1,41 +1,50 @@
 """Compare methods: every one fitted, dosed and tested alike, cell by cell, on several tasks."""
 
+import dataclasses
 import hashlib
 import json
 import math
 import platform
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from innsteer import __version__, metrics, shelf
 from innsteer.activations import Activations
 from innsteer.backends.base import Completion, Progress, Sampling, silent
-from innsteer.backends.hf import HF, Meter, instruct
+from innsteer.backends.hf import HF, Meter
+from innsteer.backends.lora import LoRA, LoRATraining
+from innsteer.backends.through import Through
 from innsteer.calibration import BUDGET
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError, UnknownName
-from innsteer.evaluation import require_scorer
+from innsteer.evaluation import Arm, require_scorer
 from innsteer.figures import PLAIN, PROMPT_ONLY, RANDOM
 from innsteer.files import canonical, read_json, write_json
 from innsteer.fitting import fit_rows, fit_run, own_sites, record_parts, through
 from innsteer.interventions import Edit, Shift
+from innsteer.metrics.base import Score
 from innsteer.models import LanguageModel
+from innsteer.planning import Peak
 from innsteer.site import Site
 from innsteer.standings import HALVES, Half
 from innsteer.steerer import Interventions, Steerer, get, side_means
 from innsteer.suites import behaviour as suites
+from innsteer.suites.base import Benchmark, answered
 from innsteer.tuning import control, control_meter, control_metric, within
 
-SHUFFLED = "shuffled-labels"
+SHUFFLED, LORA = "shuffled-labels", "lora"
 Input = Literal["classes", "target", "model", ""]
 MOST = 64.0
 """No larger strength is tried."""
@@ -46,11 +55,11 @@ class Contender:
     """One row of the table: a method with its fields, and what it is fitted on.
 
     Attributes:
-        method: of the shelf; or one of ``unsteered``, ``prompt-only``, ``random-direction`` and
-            ``shuffled-labels`` (DiffMean whose pairs are swapped at random).
+        method: of the shelf; or one of ``unsteered``, ``prompt-only``, ``random-direction``,
+            ``shuffled-labels`` (DiffMean whose pairs are swapped at random) and ``lora``.
         input: ``classes`` (recorded rows, as published), ``target`` (rows that seek the target),
             ``model`` (a fit through it); columns that no ranking mixes.
-        fields: of the method.
+        fields: of the method; of ``LoRATraining``.
         alone: at one layer, where the method has a rule of its own among all of them.
     """
 
@@ -77,6 +86,15 @@ class Contender:
             if input or fields or alone:
                 raise InputError(f"{method!r} with an input or fields", expected="neither")
             return cls(method)
+        if method == LORA:
+            known = [one.name for one in dataclasses.fields(LoRATraining)]
+            for name in fields:
+                if name not in known:
+                    raise UnknownName("field of a LoRA:", name, known)
+            if input not in ("", "model") or alone:
+                raise InputError("a LoRA on rows or at one layer", expected="input 'model'")
+            LoRATraining(**fields)
+            return cls(method, "model", fields)
         steerer = get(method, **fields)
         if alone and steerer.sites == "any":
             raise InputError(
@@ -108,9 +126,19 @@ class Contender:
 
     @cached_property
     def steerer(self) -> Steerer:
-        """The method; DiffMean for shuffled labels and (never fitted) the random direction."""
-        controls = (RANDOM, SHUFFLED, *PLAIN)
+        """The method; DiffMean for shuffled labels and (never fitted) the random direction.
+
+        A LoRA and the plain arms have none.
+        """
+        controls = (RANDOM, SHUFFLED)
         return get("diffmean" if self.method in controls else self.method, **self.fields)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every field of what is fitted, defaults too."""
+        if not self.dialled:
+            return {}
+        return vars(LoRATraining(**self.fields) if self.method == LORA else self.steerer)
 
 
 def inputs(steerer: Steerer) -> tuple[Input, ...]:
@@ -130,7 +158,7 @@ def always() -> list[Contender]:
 def contenders(tasks: Sequence[Contrast]) -> list[Contender]:
     """Every method of the shelf on every input that it takes; one with a rule among layers twice.
 
-    Rows that seek the target are taken where all tasks are choices.
+    Rows that seek the target are taken where all tasks are choices, a LoRA where peft is installed.
     """
     found: list[Contender] = []
     choices = all(task.kind == "choice" for task in tasks)
@@ -142,6 +170,8 @@ def contenders(tasks: Sequence[Contrast]) -> list[Contender]:
             found.append(Contender.of(name, alone=True))
     if choices:
         found.append(Contender.of("innsteer", objective="target"))
+    if find_spec("peft"):
+        found.append(Contender.of(LORA))
     return found
 
 
@@ -186,9 +216,12 @@ class Protocol:
 
 
 class Evaluation(NamedTuple):
-    """Control and both halves of the cost of one map at one strength, on validation."""
+    """Control and both halves of the cost of one map at one strength, on validation.
 
-    layer: int
+    A LoRA has no layer.
+    """
+
+    layer: int | None
     strength: float
     control: float
     neutral: float
@@ -321,9 +354,9 @@ class Comparison:
     def path(self, cell: Cell) -> Path:
         """The file of a cell: named by all that decides its result."""
         contender, model = cell.contender, self.backend.model
-        steerer = vars(contender.steerer) if contender.dialled else {}
+        given = [contender.method, contender.input, contender.settings, contender.alone]
         key = {
-            "contender": [contender.method, contender.input, steerer, contender.alone],
+            "contender": given,
             "task": [cell.task.behaviour, cell.task.hash],
             "seed": cell.seed,
             "model": [replace(model.fingerprint, name=""), str(model.model.dtype)],
@@ -331,6 +364,8 @@ class Comparison:
         }
         if contender.method == PROMPT_ONLY:
             key["instruction"] = self.instructions[cell.task.behaviour]
+        if isinstance(cell.task, Benchmark):
+            key["benchmark"] = cell.task.extra()
         digest = hashlib.sha256(canonical(json.loads(json.dumps(key, default=str)))).hexdigest()
         return self.folder / "cells" / f"{digest[:24]}.json"
 
@@ -379,21 +414,70 @@ class Comparison:
             "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
         }
 
-    def run(self, *, progress: Progress = silent) -> None:
+    def run(self, *, jobs: int = 1, progress: Progress = silent) -> None:
         """Measure every cell that is missing, each written when it ends.
 
         A method that refuses, or that no strength brings within the budget, leaves a cell that says
         so. Interrupted, the same call goes on.
 
+        Args:
+            jobs: processes that share the cells, task by task, and the model's weights on the CPU;
+                each has its part of the threads. What they time, they time on a busy machine.
+
         Raises:
-            MissingPackage: the scorer of a behaviour needs one.
+            InputError: jobs below 1. MissingPackage: the scorer of a behaviour needs one.
         """
-        left, task = self.left(), None
-        for number, cell in enumerate(left):
-            progress(cell.title, number, len(left))
+        if jobs < 1:
+            raise InputError(f"{jobs} jobs", expected="at least 1")
+        cells = self.cells()
+        paths = {n: self.path(cell) for n, cell in enumerate(cells)}
+        left = [n for n, path in paths.items() if not path.is_file()]
+        if jobs == 1 or len(left) < 2:
+            self._measure([cells[n] for n in left], progress)
+            return
+        context = torch.multiprocessing.get_context("spawn")
+        stop = context.Event()
+        threads = max(torch.get_num_threads() // jobs, 1)
+        with ProcessPoolExecutor(
+            jobs,
+            mp_context=context,
+            initializer=_begin,
+            initargs=(self, threads, stop),
+        ) as pool:
+            at_work = [pool.submit(_share, numbers) for numbers in self._shares(left, jobs)]
+            try:
+                ended, waiting = set[Future[None]](), set(at_work)
+                while waiting:
+                    progress("cells", sum(paths[n].is_file() for n in left), len(left))
+                    ended, waiting = wait(waiting, timeout=1, return_when=FIRST_EXCEPTION)
+                    for one in ended:
+                        one.result()
+            except BaseException:
+                stop.set()  # after the cell that each is at
+                pool.shutdown(cancel_futures=True)
+                raise
+        progress("cells", len(left), len(left))
+
+    def _shares(self, left: Sequence[int], jobs: int) -> list[list[int]]:
+        """Numbers of cells, each list for one process to measure one after the other.
+
+        Cells of one task share what is unsteered: they part only where processes would be idle.
+        """
+        cells, groups = self.cells(), dict[tuple[int, str], list[int]]()
+        for number in left:
+            cell = cells[number]
+            groups.setdefault((cell.seed, cell.task.behaviour), []).append(number)
+        parts = -(-jobs // len(groups))
+        return [share for own in groups.values() for n in range(parts) if (share := own[n::parts])]
+
+    def _measure(self, cells: Sequence[Cell], progress: Progress = silent) -> None:
+        """Measure cells in their order."""
+        task, neutral = None, dict[Any, Meter]()
+        for number, cell in enumerate(cells):
+            progress(cell.title, number, len(cells))
             if task is None or task.contrast is not cell.task:
                 instruction = self.instructions[cell.task.behaviour]
-                task = _Task(self.backend, cell.task, self.protocol, instruction)
+                task = _Task(self.backend, cell.task, self.protocol, instruction, neutral)
             started = time.perf_counter()
             try:
                 found = task.measure(cell)
@@ -406,6 +490,7 @@ class Comparison:
                 "fields": dict(cell.contender.fields),
                 "task": cell.task.behaviour,
                 "control": control_metric(cell.task),
+                "measures": task.suite.measures,
                 "seed": cell.seed,
                 "innsteer": __version__,
                 "seconds": time.perf_counter() - started,
@@ -413,6 +498,26 @@ class Comparison:
             }
             self.path(cell).parent.mkdir(parents=True, exist_ok=True)
             write_json(self.path(cell), _tidy(record))
+
+
+_mine: list[tuple[Comparison, Any]] = []
+"""Of a process that shares a comparison's cells with others, and what tells it to stop."""
+
+
+def _begin(comparison: Comparison, threads: int, stop: Any) -> None:
+    torch.set_num_threads(threads)
+    _mine.append((comparison, stop))
+
+
+def _share(numbers: Sequence[int]) -> None:
+    comparison, stop = _mine[0]
+    cells = comparison.cells()
+
+    def heed(*_: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+
+    comparison._measure([cells[number] for number in numbers], heed)
 
 
 def _tidy(value: Any) -> Any:
@@ -431,18 +536,26 @@ class _Task:
     """One task, and what its cells share: rows, runs, meters of what is unsteered."""
 
     def __init__(
-        self, backend: HF, contrast: Contrast, protocol: Protocol, instruction: str
+        self,
+        backend: HF,
+        contrast: Contrast,
+        protocol: Protocol,
+        instruction: str,
+        neutral: dict[Any, Meter],
     ) -> None:
         self.backend, self.contrast, self.protocol = backend, contrast, protocol
         self.sites = tuple(Site(layer) for layer in sorted(protocol.layers))
         for site in self.sites:
             backend.model.layout.at(site)
         self.suite = suites.load(contrast, instruction=instruction)
-        require_scorer(self.suite.control)
+        for name in (self.suite.control, *self.suite.measures):
+            require_scorer(name)
         held = contrast.part("validation")
         self._held = held.subset(min(len(held), protocol.items), 0)
-        self._meters: dict[tuple[str, tuple[Site, ...]], Meter] = {}
+        self._meters: dict[Any, Meter] = {}
+        self._neutral = neutral  # those that all tasks share
         self._rows: dict[tuple[Input, tuple[Site, ...]], tuple[Activations, float]] = {}
+        self._runs: dict[tuple[tuple[Site, ...], bool], tuple[Through, float]] = {}
 
     # What is unsteered, kept ------------------------------------------------------------------
 
@@ -463,11 +576,22 @@ class _Task:
         acts, seconds = self._rows[input, every]
         return acts.at(*sites), seconds
 
+    def _run(self, sites: tuple[Site, ...], reworded: bool = False) -> tuple[Through, float]:
+        """The model as a fit through it sees it, its prefixes run once, and the seconds of that."""
+        if (sites, reworded) not in self._runs:
+            started = time.perf_counter()
+            run = through(self.backend, self.contrast, sites, reworded=reworded)
+            self._runs[sites, reworded] = run, time.perf_counter() - started
+        return self._runs[sites, reworded]
+
     def _meter(self, name: str, sites: tuple[Site, ...]) -> Meter:
         """A meter by its name; cut at the lowest of some sites."""
-        if (name, sites) not in self._meters:
-            self._meters[name, sites] = self._make(name, sites)
-        return self._meters[name, sites]
+        meters, key = self._meters, (name, self.suite.neutral_tokens, sites)
+        if name.startswith(("check", "search")):
+            meters = self._neutral
+        if key not in meters:
+            meters[key] = self._make(name, sites)
+        return meters[key]
 
     def _make(self, name: str, sites: Sequence[Site]) -> Meter:
         what, _, part = name.partition(" ")
@@ -477,6 +601,9 @@ class _Task:
         if what == "in_format":
             prompts = suites.in_format(self.contrast, part)
             return self.backend.meter(self.backend.reference(prompts, None), sites)
+        if what == "questions":
+            forced = self.backend.forced([one.prompt for one in self.suite.questions])
+            return self.backend.meter(forced, sites, divergence=False)
         # As tuning and evaluation draw them, so that their continuations are shared.
         sampling = Sampling(self.suite.neutral_tokens, 1.0, 0 if part == "validation" else 1)
         whole = self.backend.reference(suites.neutral(part), sampling)
@@ -500,23 +627,31 @@ class _Task:
         if not cell.contender.dialled:
             return self._undialled(cell.contender)
         fits = {sites: self._fit(cell, sites) for sites in self._places(cell.contender)}
+        try:
+            return self._dosed(fits)
+        finally:
+            for one in fits.values():
+                one.remove()
+
+    def _dosed(self, fits: "Mapping[tuple[Site, ...], _Fit]") -> dict[str, Any]:
+        """The fit of the sites that validation chose, at both budgets."""
         started = time.perf_counter()
-        sites, search, evaluated = self._search({at: one.maps for at, one in fits.items()})
-        maps = fits[sites].maps
+        sites, search, evaluated = self._search({at: one.arm for at, one in fits.items()})
+        fit = fits[sites]
         found: dict[str, Any] = {
-            "layer": sites[0].layer,
-            "sites": [str(site) for site in maps],
+            "layer": sites[0].layer if sites else None,
+            "sites": [str(site) for site in fit.sites],
             "fits": len(fits),
             "fit_seconds": sum(one.seconds for one in fits.values()),
             "record_seconds": max(one.recording for one in fits.values()),
-            "bytes": sum(t.numel() * t.element_size() for t in maps.state_dict().values()),
+            "memory": max(one.peak.bytes or 0 for one in fits.values()) or None,
+            "bytes": fit.size,
             "evaluations": [one._asdict() for one in evaluated],
             "tested": {},
             "unmet": {},
         }
-        edit = _edits(maps)
         # The large meters serve all candidates, cut at the lowest.
-        whole = min(self.sites, sites)
+        whole = min(self.sites, sites or self.sites)
         tested: dict[float, dict[str, Any]] = {}
         for half in self._halves:
             checks = {"neutral_cost": self._meter("check validation", whole)}
@@ -525,49 +660,70 @@ class _Task:
             try:
                 if (best := search.best(half)) is None:
                     raise BudgetError(f"no strength tried is within {self.protocol.budget} nats")
-                strength = within(checks, edit, best.strength, self.protocol.budget, silent)
+                strength = within(
+                    lambda s, checks=checks: max(  # type: ignore[misc]
+                        _scored(name, fit.arm(s).measured(meter, metrics.get(name).kind)).high
+                        for name, meter in checks.items()
+                    ),
+                    best.strength,
+                    self.protocol.budget,
+                )
             except BudgetError as error:
                 found["unmet"][half] = str(error)
                 continue
             if strength not in tested:
-                tested[strength] = self._tested([edit(strength)], whole)
+                tested[strength] = self._tested(fit.arm(strength), whole)
             found["tested"][half] = tested[strength] | {"strength": strength}
         found["search_seconds"] = time.perf_counter() - started
         return found
 
     def _places(self, contender: Contender) -> list[tuple[Site, ...]]:
         """Where a contender is fitted: each candidate layer, or all sites of its own rule."""
+        if contender.method == LORA:
+            return [()]
         own = own_sites(self.backend.model, contender.steerer)
         if own and contender.alone:
             return [(own[site.layer],) for site in self.sites]
         return [own] if own else [(site,) for site in self.sites]
 
     def _fit(self, cell: Cell, sites: tuple[Site, ...]) -> "_Fit":
-        contender, steerer = cell.contender, cell.contender.steerer
-        if contender.input == "model":
+        contender = cell.contender
+        if contender.method == LORA:
+            run, seconds = self._run(self.sites[-1:])
             started = time.perf_counter()
-            run = through(self.backend, self.contrast, sites, reworded=steerer.rewords)
-            seconds = time.perf_counter() - started
-            made = fit_run(self.backend, steerer, run, self.contrast, seed=cell.seed)
+            with Peak(self.backend.model.device) as peak:
+                how = LoRATraining(**contender.fields)
+                lora = how.fit(self.backend.model, run, seed=cell.seed)
+            took = time.perf_counter() - started
+            return _Fit(_scaled(lora), (), _size(lora.weights), took, seconds, peak, lora.remove)
+        steerer = contender.steerer
+        if contender.input == "model" and ("model" in steerer.needs or steerer.rewords):
+            run, seconds = self._run(sites, steerer.rewords)
+            with Peak(self.backend.model.device) as peak:
+                made = fit_run(self.backend, steerer, run, self.contrast, seed=cell.seed)
         else:
-            acts, seconds = self._acts(contender.input or "classes", sites)
-            if contender.method == RANDOM:
-                return _Fit(random_direction(acts, cell.seed), 0.0, seconds)
+            # What needs no more of the model than gradients has them in its rows.
+            rows: Input = "target" if contender.input == "model" else contender.input or "classes"
+            acts, seconds = self._acts(rows, sites)
             if contender.method == SHUFFLED:
                 acts = shuffled(acts, cell.seed)
-            made = fit_rows(self.backend, steerer, acts, seed=cell.seed)
-        return _Fit(made.interventions, made.provenance["fit_seconds"], seconds)
+            with Peak(self.backend.model.device) as peak:
+                if contender.method == RANDOM:
+                    maps = random_direction(acts, cell.seed)
+                    return _Fit.of_maps(maps, 0.0, seconds, peak)
+                made = fit_rows(self.backend, steerer, acts, seed=cell.seed)
+        return _Fit.of_maps(made.interventions, made.provenance["fit_seconds"], seconds, peak)
 
     def _search(
-        self, fitted: Mapping[tuple[Site, ...], Interventions]
+        self, arms: "Mapping[tuple[Site, ...], ArmAt]"
     ) -> tuple[tuple[Site, ...], Search, list[Evaluation]]:
         """Where successive halving ends, the strengths there, and every evaluation."""
         half = self._halves[-1]
         budget, left = self.protocol.budget, self.protocol.evaluations
         evaluated: list[Evaluation] = []
         searches = {
-            sites: Search(self._evaluate(sites, _edits(maps), evaluated), budget)
-            for sites, maps in fitted.items()
+            sites: Search(self._evaluate(sites, arm, evaluated), budget)
+            for sites, arm in arms.items()
         }
         rounds = (len(searches) - 1).bit_length() + 1
         for n in range(rounds - 1):
@@ -588,21 +744,20 @@ class _Task:
         return sites, search, evaluated
 
     def _evaluate(
-        self, sites: tuple[Site, ...], edit: Callable[[float], Edit], evaluated: list[Evaluation]
+        self, sites: tuple[Site, ...], arm: "ArmAt", evaluated: list[Evaluation]
     ) -> Callable[[float], Evaluation]:
+        at = sites or self.sites
+
         def evaluate(strength: float) -> Evaluation:
-            edits = [edit(strength)]
-            scored = control(self._meter("control validation", sites)(edits), self._held)
-            gain = metrics.get(control_metric(self._held)).score(scored)
-            cost = metrics.get("neutral_cost").score(self._meter("search validation", sites)(edits))
-            assert gain is not None and cost is not None
-            bare = 0.0
+            one = arm(strength)
+            said = control(one.measured(self._meter("control validation", at)), self._held)
+            gain = _scored(control_metric(self._held), said).value
+            made = one.measured(self._meter("search validation", at))
+            cost, bare = _scored("neutral_cost", made).value, 0.0
             if self._in_format:
-                made = self._meter("in_format validation", sites)(edits, kind="in_format")
-                own = metrics.get("in_format_cost").score(made)
-                assert own is not None
-                bare = own.value
-            found = Evaluation(sites[0].layer, strength, gain.value, cost.value, bare)
+                made = one.measured(self._meter("in_format validation", at), "in_format")
+                bare = _scored("in_format_cost", made).value
+            found = Evaluation(sites[0].layer if sites else None, strength, gain, cost, bare)
             evaluated.append(found)
             return found
 
@@ -613,38 +768,27 @@ class _Task:
     def _undialled(self, contender: Contender) -> dict[str, Any]:
         """The plain model, or the model asked to."""
         asked = self.suite.instruction if contender.method == PROMPT_ONLY else ""
-        half = self._tested([], self.sites, asked)
+        half = self._tested(Arm(contender.method, instruction=asked), self.sites)
         return {"tested": dict.fromkeys(self._halves, half)}
 
-    def _tested(
-        self, edits: Sequence[Edit], sites: tuple[Site, ...], instruction: str = ""
-    ) -> dict[str, Any]:
+    def _tested(self, arm: Arm, sites: tuple[Site, ...]) -> dict[str, Any]:
         """Figures of the test part: items by metric, costs, answers."""
-
-        def measure(meter: Meter, kind: Any = "neutral") -> list[Completion]:
-            if instruction:
-                return meter.prompted(instruction, kind=kind)
-            return meter(edits, kind=kind) if edits else meter.unsteered(kind=kind)
-
         test = self.contrast.part("test")
-        made = control(measure(self._meter("control test", sites)), test)
-        made += measure(self._meter("check test", sites))
+        made = control(arm.measured(self._meter("control test", sites)), test)
+        made += arm.measured(self._meter("check test", sites))
         if self._in_format:
-            made += measure(self._meter("in_format test", sites), "in_format")
-        prompts = self.suite.prompts[: self.protocol.answers]
-        if instruction:
-            prompts = tuple(
-                replace(one, conversation=instruct(one.conversation, instruction))
-                for one in prompts
-            )
+            made += arm.measured(self._meter("in_format test", sites), "in_format")
+        if questions := self.suite.questions:
+            made += answered(arm.measured(self._meter("questions", sites)), questions)
+        most, sampling = self.protocol.answers, self.suite.sampling
         started = time.perf_counter()
-        keys = {item.id: item.key or "" for item in test.items}
-        answers = [
-            replace(answer, key=keys.get(answer.item, ""), strength=1.0)
-            for answer in self.backend.generate(prompts, edits, self.suite.sampling)
-        ]
+        answers = arm.answers(self.backend, self.suite.prompts[:most], sampling)
         seconds = time.perf_counter() - started
-        names = dict.fromkeys([control_metric(test), self.suite.control])
+        asides = arm.answers(self.backend, self.suite.harmless[:most], sampling)
+        made += [replace(answer, kind="aside") for answer in asides]
+        keys = {item.id: item.key or "" for item in test.items}
+        answers = [replace(one, key=keys.get(one.item, ""), strength=1.0) for one in answers]
+        names = dict.fromkeys([control_metric(test), self.suite.control, *self.suite.measures])
         names |= dict.fromkeys(["answer_mass", "said_alignment"] if test.kind == "choice" else [])
         items = {
             name: {item: [list(m) for m in parts] for item, parts in found.items()}
@@ -664,16 +808,47 @@ class _Task:
         }
 
 
-class _Fit(NamedTuple):
-    """Fitted maps, the seconds of the fit, and of recording what it was fitted on."""
+ArmAt = Callable[[float], Arm]
 
-    maps: Interventions
+
+@dataclass(frozen=True)
+class _Fit:
+    """What was fitted: how it acts at a strength, where, its bytes, what the fit took, and the
+    seconds of recording what it was fitted on; ``remove`` takes it out of the model."""
+
+    arm: ArmAt
+    sites: tuple[Site, ...]
+    size: int
     seconds: float
     recording: float
+    peak: Peak
+    remove: Callable[[], None] = lambda: None
+
+    @classmethod
+    def of_maps(cls, maps: Interventions, seconds: float, recording: float, peak: Peak) -> "_Fit":
+        """Maps, which never were in the model."""
+
+        def arm(strength: float) -> Arm:
+            return Arm("", Edit(maps, torch.tensor([float(strength)])), strength)
+
+        size = _size(maps.state_dict().values())
+        return cls(arm, tuple(maps), size, seconds, recording, peak)
 
 
-def _edits(maps: Interventions) -> Callable[[float], Edit]:
-    return lambda strength: Edit(maps, torch.tensor([float(strength)]))
+def _scaled(lora: LoRA) -> ArmAt:
+    """Adapters, whose scale is the strength."""
+    return lambda strength: Arm("", None, strength, adapter=lora)
+
+
+def _size(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _scored(name: str, made: Sequence[Completion]) -> Score:
+    """A metric of completions that have it; bounds as a check needs them."""
+    score = metrics.get(name).score(made, level=0.9)
+    assert score is not None
+    return score
 
 
 def random_direction(acts: Activations, seed: int) -> Interventions:

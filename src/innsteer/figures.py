@@ -96,12 +96,16 @@ MEASURES = {
     "negative_sentiment": ("share of negative answers", "answers that read as negative"),
     "sentiment": ("sentiment", "from most negative, -1, to most positive, 1"),
     "formality": ("formality", "how formal whole answers read"),
+    "scored": ("score", "answers by a function of your own"),
+    "language": ("language", "answers in that language"),
     "asking": ("share of answers that ask", "answers that ask the reader something back"),
     "hedging": ("share of hedged sentences", "sentences that express uncertainty"),
     "alignment": ("alignment", "probability of the matching answer, among the two offered"),
     "said_alignment": ("said alignment", "sampled answers that say the one steered for"),
     "answer_mass": ("answer mass", "both offered answers' share of the whole distribution"),
     "preference": ("preference", "probability of the target answer over the source answer"),
+    "mc1": ("MC1", "questions whose best true answer is the likeliest"),
+    "mc2": ("MC2", "true answers' share of the probability of all answers"),
     "interference": ("interference", "preference on other behaviours; 50 % = untouched"),
     "neutral_cost": ("neutral cost", "divergence from the unsteered model on neutral prompts"),
     "neutral_p99": ("neutral cost, 99th percentile", "the same at the worst 1 % of tokens"),
@@ -154,7 +158,8 @@ def is_arm(arm: str, name: str) -> bool:
 
 def measure_title(metric: str) -> str:
     """A metric's name for people."""
-    return MEASURES.get(metric, (metric.replace("_", " "), ""))[0]
+    own, colon, argument = metric.partition(":")
+    return MEASURES.get(own, (own.replace("_", " "), ""))[0] + colon + argument
 
 
 def is_share(unit: str) -> bool:

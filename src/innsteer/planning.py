@@ -12,7 +12,8 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -37,6 +38,42 @@ SAMPLE = 2048
 """Tokens of the passes that are timed for a fit through the model."""
 EPOCHS = (1, 11)
 """A method that trains on rows is rehearsed for so many; the rest of its epochs take as long."""
+
+
+class Peak:
+    """What memory grows by at most inside a ``with``: the process's, or the device's.
+
+    ``bytes`` is None where the system does not tell (it does on Linux and on CUDA devices).
+    """
+
+    bytes: int | None = None
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self._device = torch.device(device)
+
+    def __enter__(self) -> Self:
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+            self._before: int | None = torch.cuda.memory_allocated(self._device)
+            return self
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+            self._before = _status("VmRSS")
+        except OSError:
+            self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            cuda = self._device.type == "cuda"
+            most = torch.cuda.max_memory_allocated(self._device) if cuda else _status("VmHWM")
+            self.bytes = most - self._before
+
+
+def _status(name: str) -> int:
+    """A figure of this process, in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,11 @@
 """Standings: the table of a comparison, with intervals, ranks and what may be concluded."""
 
+import json
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +14,7 @@ import numpy as np
 from innsteer import metrics, pages
 from innsteer.errors import InputError
 from innsteer.figures import PLAIN, UNSTEERED
-from innsteer.files import write_json, write_text
+from innsteer.files import fresh_file, write_json, write_text
 from innsteer.metrics.base import Measured, Score
 from innsteer.statistics import Draws, Items, holm, resample
 
@@ -48,7 +50,8 @@ class Standing:
         ahead: what the reference is ahead by, paired. p: of that, Holm-corrected. effect: that gap
             in standard deviations over tasks.
         costs: mean of each, nats. said: share of sampled answers that say so; None where open.
-        fit_seconds: of one fit; size: bytes. speed: tokens per second over the plain model's.
+        fit_seconds: of one fit; memory: bytes that it took; size: bytes of the result.
+        speed: tokens per second over the plain model's.
         failed: tasks that it could not do, and why.
     """
 
@@ -63,6 +66,7 @@ class Standing:
     costs: Mapping[str, float] | None = None
     said: Score | None = None
     fit_seconds: float | None = None
+    memory: float | None = None
     size: float | None = None
     speed: float | None = None
     failed: tuple[str, ...] = ()
@@ -116,7 +120,8 @@ class Standings:
     def grid(self) -> list[list[str]]:
         """Header and rows as text."""
         head = ["method", "fitted on", f"{self.metric} (95 %)", "rank", f"{self.against} ahead by"]
-        head += ["p (Holm)", "effect", "neutral", "in-format", "said", "fit, s", "KB", "speed"]
+        head += ["p (Holm)", "effect", "neutral", "in-format", "said", "fit, s", "fit, MB", "KB"]
+        head.append("speed")
         return [head, *(_line(row) for row in self.rows)]
 
     def text(self) -> str:
@@ -168,7 +173,7 @@ class Standings:
 def standings(
     records: Iterable[Record], *, against: str = "", left_out: Sequence[str] = (), seed: int = 0
 ) -> list[Standings]:
-    """A table for each metric of control and each half of the cost.
+    """A table for each metric of control, then each of benchmarks, and each half of the cost.
 
     Args:
         records: of a comparison's cells. against: the contender with which all others are compared,
@@ -187,9 +192,10 @@ def standings(
             f"a comparison against {chosen!r}", expected=f"one of {', '.join(names) or 'none'}"
         )
     kinds = dict.fromkeys(record["control"] for record in records)
+    kinds |= dict.fromkeys(name for one in records for name in one.get("measures", ()))
     found = []
     for metric in kinds:
-        own = [record for record in records if record["control"] == metric]
+        own = [one for one in records if metric in (one["control"], *one.get("measures", ()))]
         # Where everything failed, a table says so.
         met = {half for one in own for half in (*one.get("tested", ()), *one.get("unmet", ()))}
         for half in [half for half in HALVES if half in (met or ["neutral"])]:
@@ -203,14 +209,52 @@ def save(
     records: Sequence[Record],
     context: Mapping[str, Any],
 ) -> Path:
-    """Write tables.json, tables.md, tables.tex and comparison.html into a folder."""
+    """Write tables.json, tables.md, tables.tex and comparison.html into a folder.
+
+    Where pyarrow is installed also cells.parquet: a row for each cell and half of the cost.
+    """
     home = Path(folder)
+    if find_spec("pyarrow"):
+        from pyarrow import Table, parquet
+
+        with fresh_file(home / "cells.parquet") as fresh:
+            parquet.write_table(Table.from_pylist(list(flat(records))), fresh)
     data = [table.to_json() for table in tables]
     write_json(home / "tables.json", {"context": context, "tables": data})
     write_text(home / "tables.md", "\n".join(table.markdown() for table in tables))
     write_text(home / "tables.tex", "\n".join(table.latex() for table in tables))
     write_text(home / "comparison.html", page(tables, records, context))
     return home / "comparison.html"
+
+
+def flat(records: Iterable[Record]) -> Iterator[dict[str, Any]]:
+    """A row for each cell and half of the cost: what it is, its figures, or why it has none."""
+    for record in records:
+        named = ("contender", "method", "input", "task", "seed", "layer")
+        taken = ("fit_seconds", "record_seconds", "search_seconds", "seconds", "memory", "bytes")
+        about = {name: record.get(name) for name in (*named, *taken)}
+        about |= {"fields": json.dumps(record["fields"]), "metric": record["control"]}
+        halves = [*record.get("tested", ()), *record.get("unmet", ())] or [None]
+        for half in halves:
+            tested = record.get("tested", {}).get(half)
+            row = about | {"within": half, "failed": record.get("failed", "")}
+            row["failed"] = row["failed"] or record.get("unmet", {}).get(half, "")
+            known = ("answer_mass", "said_alignment", *record.get("measures", ()))
+            for name in (record["control"], *known):
+                column = "control" if name == record["control"] else name
+                items = list(tested["items"].get(name, {}).values()) if tested else []
+                row[column] = _figure(name, items) if items else None
+            for name in ("neutral_cost", "neutral_p99", "in_format_cost"):
+                row[name] = tested["costs"].get(name, [None])[0] if tested else None
+            for name in ("strength", "tokens_per_second"):
+                row[name] = tested.get(name) if tested else None
+            yield row
+
+
+def _figure(name: str, items: Sequence[Sequence[Sequence[Any]]]) -> float:
+    """A metric of a cell's items."""
+    measured = [[Measured(*values) for values in parts] for parts in items]
+    return float(metrics.get(name).figures(measured, np.ones((1, len(items))))[0])
 
 
 def page(tables: Sequence[Standings], records: Sequence[Record], context: Mapping[str, Any]) -> str:
@@ -296,9 +340,8 @@ def _costs_plot(records: Sequence[Record], name: str) -> dict[str, Any]:
         colour = COLOURS[record["input"]]
         half = _last(record)
         tested = record["tested"][half]
-        metric = metrics.get(record["control"])
-        items = _items([record], half, record["control"])[record["task"]]
-        value = float(metric.figures(list(items.values()), np.ones((1, len(items))))[0])
+        items = tested["items"].get(record["control"], {})
+        value = _figure(record["control"], list(items.values()))
         tried = sorted(
             (one["neutral"], one["control"])
             for one in record.get("evaluations", [])
@@ -444,6 +487,7 @@ class _Group:
             costs=_costs(own, self.half),
             said=said.score(name) if said else None,
             fit_seconds=_mean(one["fit_seconds"] / one["fits"] for one in own if "fits" in one),
+            memory=_mean(one["memory"] for one in own if one.get("memory") is not None),
             size=_mean(one["bytes"] for one in own if "bytes" in one),
             speed=speed / usual if speed and usual else None,
         )
@@ -527,6 +571,7 @@ def _line(row: Standing) -> list[str]:
         f"{costs['in_format_cost']:.3f}" if "in_format_cost" in costs else "",
         bracketed(row.said, 2),
         "" if row.fit_seconds is None else f"{row.fit_seconds:.3g}",
+        "" if row.memory is None else f"{row.memory / 2**20:.3g}",
         "" if row.size is None else f"{row.size / 1024:.3g}",
         "" if row.speed is None else f"{row.speed:.2f}",
     ]

@@ -159,7 +159,8 @@ def tune(
     by = "cost" if strength == limit else "control"
     if not preview:
         meter = backend.meter(whole, sites)
-        strength = within({"neutral_cost": meter, **halves}, edit, strength, budget, progress)
+        costs = {"neutral_cost": meter, **halves}
+        strength = within(partial(_worst, costs, edit, end="high"), strength, budget, progress)
     signs = (1.0, -1.0) if both_ways else (1.0,)
     grid = [0.0, *(sign * fraction * strength for sign in signs for fraction in fractions)]
     doses = []
@@ -395,20 +396,19 @@ def _said(scored: Sequence[Completion], items: Contrast) -> float:
 
 
 def within(
-    costs: Costs,
-    edit: EditAt,
-    strength: float,
-    budget: float,
-    progress: Progress,
+    cost: Callable[[float], float], strength: float, budget: float, progress: Progress = silent
 ) -> float:
-    """The strength, shrunk until the upper end of the cost's 90 % interval is within the budget.
+    """The strength, shrunk until its cost is within the budget.
+
+    Args:
+        cost: of a strength, nats: the upper end of its interval.
 
     Raises:
         BudgetError: it is at no strength tried.
     """
     for step in range(CHECKS):
         progress("check", step, CHECKS)
-        high = _worst(costs, edit, strength, "high")
+        high = cost(strength)
         if high <= budget:
             progress("check", CHECKS, CHECKS)
             return strength
