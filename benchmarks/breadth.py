@@ -57,7 +57,7 @@ from innsteer import (  # noqa: E402
 )
 from innsteer.doctor import PROBES, checks  # noqa: E402
 from innsteer.files import sha256_file, write_json  # noqa: E402
-from innsteer.planning import plan  # noqa: E402
+from innsteer.planning import Peak, plan  # noqa: E402
 from innsteer.smollm2 import smollm2_folder  # noqa: E402
 
 RESULTS = HERE / "results" / "breadth.json"
@@ -274,19 +274,12 @@ def measured(name: str) -> dict[str, float]:
 
     model.model.base_model.register_forward_pre_hook(lambda *_: count("forward"))
     model.model.register_forward_hook(watch)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-    before, started = _status("VmRSS"), time.perf_counter()
-    fitted = fitting.fit(model, contrast, method, **fields)
+    started = time.perf_counter()
+    with Peak() as peak:
+        fitted = fitting.fit(model, contrast, method, **fields)
     seconds = time.perf_counter() - started
-    peak = size + _status("VmHWM") - before
-    spent = {"bytes": peak, "seconds": round(seconds, 3)}
+    spent = {"bytes": size + (peak.bytes or 0), "seconds": round(seconds, 3)}
     return spent | passes | {"rows": fitted.provenance["rows"]}
-
-
-def _status(name: str) -> int:
-    """A figure of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
 
 
 def recording(pythons: dict[str, str], block: int = 15, chunks: int = 20) -> dict[str, Any]:

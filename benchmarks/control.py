@@ -36,7 +36,7 @@ from innsteer import load_model, steerer
 from innsteer.activations import Activations
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF, Reference
-from innsteer.backends.lora import Adapted, LoRA
+from innsteer.backends.lora import Adapted, LoRA, LoRATraining
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.files import write_json
@@ -63,7 +63,6 @@ TEMPLATES = {name: suites.questions()[name] for name in ("second", "original")}
 # These behaviours first, then the rest in the order of the alphabet.
 FIRST = ("desire-for-acquiring-wealth", "desire-for-acquiring-power", "agreeableness")
 POLISH = 40
-LORA_STEPS = 90
 MINUTES = 30
 """What a cell takes on one core, for the plan."""
 
@@ -484,16 +483,8 @@ def random_direction(cell: Cell) -> Interventions:
 
 
 def adapters(cell: Cell) -> LoRA:
-    """LoRA (r = 8, query and value of every block), both signs, stopped by validation.
-
-    Its batches are smaller than the others', because every token of a prompt has to run.
-    """
-    lora = LoRA(cell.backend.model, seed=cell.seed)
-    train_through(
-        Adapted(cell.fit, held=48), lora,
-        steps=LORA_STEPS, batch=8, unmoved_batch=4, learning_rate=1e-3, seed=cell.seed,
-    )  # fmt: skip
-    return lora
+    """LoRA (r = 8, query and value of every block), both signs, stopped by validation."""
+    return LoRATraining().fit(cell.backend.model, cell.fit, seed=cell.seed)
 
 
 ARMS: dict[str, Fit] = {

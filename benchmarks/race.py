@@ -14,6 +14,7 @@ import functools
 import platform
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,23 +37,27 @@ STEPS = 160
 class Clock:
     """Seconds that count, and the control at some of them."""
 
-    def __init__(self, cell: control.Cell) -> None:
+    def __init__(self, cell: control.Cell, now: Callable[[], float] = time.perf_counter) -> None:
         self.cell, self.curve, self.test = cell, list[tuple[float, float]](), 0.0
-        self._spent, self._since = 0.0, time.perf_counter()
+        self._now = now
+        self._spent, self._since = 0.0, now()
 
-    def look(self, maps: Interventions, last: bool = False) -> None:
+    def look(self, maps: control.Maps, last: bool = False, strength: float = 1.0) -> None:
         """Control now, on validation or, at last, also on test statements; takes no time."""
-        self._spent += time.perf_counter() - self._since
-        self.curve.append((self._spent, self._control(maps, "validation")))
+        self._spent += self._now() - self._since
+        self.curve.append((self._spent, self._control(maps, "validation", strength)))
         if last:
-            self.test = self._control(maps, "test")
+            self.test = self._control(maps, "test", strength)
         spent, held = self.curve[-1]
         print(f"  {spent:6.1f} s  {held:.3f} {self.test:.3f}", file=sys.stderr, flush=True)
-        self._since = time.perf_counter()
+        self._since = self._now()
 
-    def _control(self, maps: Interventions, part: str) -> float:
+    def _control(self, maps: control.Maps, part: str, strength: float) -> float:
         """Mean over both signs of the share of the answer steered for."""
-        got = [control.alignment(control.chosen(self.cell.run, maps, part, s)) for s in (1.0, -1.0)]
+        got = [
+            control.alignment(control.chosen(self.cell.run, maps, part, s))
+            for s in (strength, -strength)
+        ]
         return (got[0] + 1 - got[1]) / 2
 
     def to(self, value: float) -> float | None:
@@ -60,10 +65,16 @@ class Clock:
         return next((spent for spent, held in self.curve if held >= value), None)
 
 
-def innsteer(cell: control.Cell, **fields: Any) -> Clock:
-    """Rows, closed form, choice of sharpness and length, polish."""
-    cell.fit._rows.clear()
-    clock, real = Clock(cell), ours.train_through
+def innsteer(
+    cell: control.Cell,
+    now: Callable[[], float] = time.perf_counter,
+    given: bool = False,
+    **fields: Any,
+) -> Clock:
+    """Rows (unless they are given), closed form, choice of sharpness and length, polish."""
+    if not given:
+        cell.fit._rows.clear()
+    clock, real = Clock(cell, now), ours.train_through
 
     def watched(run: Any, maps: Interventions, **how: Any) -> Any:
         return real(run, maps, every=10, watch=lambda _: clock.look(maps), **how)

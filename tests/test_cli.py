@@ -15,8 +15,10 @@ import tiny
 from innsteer import cli, demo, evaluation, fitting, shelf, tuning
 from innsteer.activations import Activations
 from innsteer.backends import hf
+from innsteer.backends.base import Completion
 from innsteer.backends.memo import Memo
 from innsteer.contrast import Contrast
+from innsteer.report import Report
 from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
 from words import rows
@@ -146,22 +148,22 @@ def test_behaviours_are_fitted_added_tuned_and_mixed(run, home):
     assert Steering.load(home / "both").behaviours == ("likes", "fears")
     assert run("extend", "both", "owns.jsonl")[0] == 0
     assert Steering.load(home / "both").identity == Steering.load(home / "three").identity
-    words = ("interference", "both", "likes.jsonl", "owns.jsonl", "-s", "likes=1,owns=-2")
+    words = ("interference", "both", "likes.jsonl", "owns.jsonl", "-s", "likes@1+owns@-2")
     code, out, err = run(*words)
     assert code == 0 and "effect kept" in out and " 1. likes" in out, err
     assert "likes=1,owns=-2" in following(out)
     found = json.loads(run(*words, "--json")[1])
     assert found["strengths"] == [1.0, -2.0] and len(found["alone"]) == 2
-    code, out, err = run("generate", "both", "Hi", "-n", "2", "-s", "likes=1,owns=-2")
+    code, out, err = run("generate", "both", "Hi", "-n", "2", "-s", "likes@1+owns@-2")
     assert code == 0 and "strength likes 1, owns -2, identity" in out, err
     code, out, _ = run("tune", "both", "owns.jsonl", "--preview")
     assert code == 0 and json.loads(run("inspect", "both", "--json")[1])["calibration"].keys() == {
         "owns"
     }
     code, out, _ = run("inspect", "both")
-    assert code == 0 and "owns=budget" in following(out)
+    assert code == 0 and "owns@budget" in following(out)
     code, out, err = run("eval", "both", "--data", "owns.jsonl", "--out", "seen", "--preview")
-    assert code == 0 and "owns=budget" in following(out), err
+    assert code == 0 and "owns@budget" in following(out), err
     assert set(Steering.load(home / "both").card) == {"owns"}
     card = (home / "both" / "README.md").read_text()
     assert "`owns`: " in card and 'steering.on(model, {"owns": 1.0})' in card
@@ -303,7 +305,7 @@ def test_methods_are_compared_cell_by_cell_and_it_goes_on(run, fitted, home, mon
     assert code == 0, err
     assert "ridge grid=[1.0] cannot be told from" in out or "ridge grid=[1.0] is" in out
     assert {path.name for path in (home / "table").iterdir()} == {
-        "cells", "comparison.html", "tables.json", "tables.md", "tables.tex"
+        "cells", "cells.parquet", "comparison.html", "tables.json", "tables.md", "tables.tex"
     }  # fmt: skip
     code, out, err = run(*words, "--method", "diffmean", "--plan")
     assert code == 0 and "1 of 6 cells left, 3 evaluations on validation; about" in out
@@ -382,7 +384,7 @@ BAD = {
     "no such verb": (["fti"], "No such command 'fti'"),
     "a bogus verb": (
         ["bogus"],
-        "record, fit, plan, extend, tune, generate, chat, eval, compare, interference, inspect",
+        "record, fit, plan, extend, tune, generate, chat, eval, compare, bench, judge",
     ),
     "no argument": (["fit", "--out", "x"], "Missing argument"),
     "no out": (["fit", "mine.jsonl"], "--out"),
@@ -434,9 +436,17 @@ BAD = {
     "steering": (["inspect", "gone"], "does not exist"),
     "strength": (["generate", "tuned", "Hi", "-s", "much"], "strength 'much'"),
     "untuned strength": (["generate", "raw", "Hi", "-s", "budget"], "was not tuned"),
-    "mix": (["generate", "tuned", "Hi", "-s", "mine="], "one=1,two=budget"),
-    "mixed twice": (["generate", "tuned", "Hi", "-s", "mine=1,mine=2"], "each once"),
-    "mix of another": (["generate", "tuned", "Hi", "-s", "yours=1"], "behaviour 'yours'"),
+    "mix": (["generate", "tuned", "Hi", "-s", "mine=1"], "NAME@STRENGTH"),
+    "mixed twice": (["generate", "tuned", "Hi", "-s", "mine@1+mine@2"], "each name once"),
+    "mix as requests write it": (["generate", "tuned", "Hi", "-s", "mine@"], "NAME@STRENGTH"),
+    "one of another": (["generate", "tuned", "Hi", "-s", "mine@1+yours@1"], "behaviour 'yours'"),
+    "nothing to serve": (["serve", "model"], "--steering"),
+    "a steering without a name": (["serve", "model", "--steering", "tuned"], "name=value"),
+    "one name twice": (
+        ["serve", "model", "--steering", "a=tuned", "--steering", "a=raw"],
+        "each name once",
+    ),
+    "mix of another": (["generate", "tuned", "Hi", "-s", "yours@1"], "behaviour 'yours'"),
     "several from a recording": (
         ["fit", "mine.jsonl", "other.jsonl", "-o", "x", "--rows", "rows"],
         "2 behaviours from a recording",
@@ -638,6 +648,24 @@ def test_text_of_a_model_is_no_markup(run, fitted, monkeypatch):
     assert code == 0 and out.count("[red]x[/oops]") == 2 and "Say [bold]" in out
 
 
+@pytest.mark.parametrize(
+    ("words", "package"),
+    [
+        (["bench", "tuned", "arc_easy", "-m", "model"], "lm_eval"),
+        (["judge", "heard", "--by", "http://localhost:1/v1#m", "--criterion", "Is it?"], "openai"),
+    ],
+)
+def test_a_verb_whose_package_is_missing_says_how_to_install_it(
+    run, fitted, monkeypatch, words, package
+):
+    answer = Completion("a", "sample", "Is it?", "It is.", arm="one")
+    heard = Report("t", "mine", "sentiment", 0.1, True, {}, ("one",), (), completions=(answer,))
+    heard.save("heard", replace=True)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, f"innsteer.integrations.{package}", raising=False)
+    refused(run(*words), 2, package.replace("_", "-"), "pip install 'innsteer[eval]'")
+
+
 # --- what needs a fresh process ------------------------------------------------------------------
 
 SPY = """
@@ -809,6 +837,32 @@ def test_labelled_texts_go_all_the_way(run, home):
     assert code == 0, err
 
 
+def test_a_benchmark_s_file_goes_all_the_way(run, home):
+    """Its suite stands behind its name wherever data does; its own measures are in the report."""
+    found = [
+        {
+            "question": row["prompt"],
+            "mc1_targets": {row["chosen"]: 1, row["rejected"]: 0},
+            "mc2_targets": {row["chosen"]: 1, f"So {row['chosen']}": 1, row["rejected"]: 0},
+        }
+        for row in rows()
+    ]
+    (home / "mc.json").write_text(json.dumps(found))
+    data, words = "mc.json,suite=truthfulqa,seed=1", ["--method", "diffmean", "--layers", "1"]
+    code, out, err = run("fit", data, "--out", "true", "-m", "model", *words)
+    assert code == 0, err
+    assert following(out)[:3] == ["tune", "true", data]
+    code, _, err = run("tune", "true", data, "--preview")
+    assert code == 0, err
+    code, out, err = run("eval", "true", "-d", data, "--out", "truth", "--preview", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["control"] == "mc1"
+    assert {"mc1", "mc2"} <= {figure["metric"] for figure in found["figures"]}
+    refused(run("data", "check", "mc.json,suite=truthfulness"), 2, "did you mean 'truthfulqa'")
+    refused(run("data", "check", f"{data},scorers=x"), 2, "did you mean 'scorer'")
+
+
 # --- doctor --------------------------------------------------------------------------------------
 
 
@@ -909,7 +963,7 @@ def test_chat_answers_on_both_sides_and_remembers_each(run, fitted, monkeypatch)
 
 
 def test_a_slip_in_a_chat_ends_nothing(run, fitted, monkeypatch):
-    say(monkeypatch, "/strenght 2", "/strength loud", "/strength other=1", "Hi", "/quit", "never")
+    say(monkeypatch, "/strenght 2", "/strength loud", "/strength other@1", "Hi", "/quit", "never")
     code, out, err = run("chat", fitted, "-n", "2")
     assert code == 0 and out.count("steered ") == 1
     assert "did you mean '/strength'" in err and "'loud'" in err and "behaviour 'other'" in err

@@ -102,6 +102,15 @@ def test_python_in_a_page_runs_on_a_tiny_model(page, monkeypatch, tmp_path):
     run(page, monkeypatch)
 
 
+@every_page
+def test_a_file_of_the_house_is_shown_as_it_is(page):
+    for fence in fences(page, "python"):
+        path = re.match(r"# (src/\S+)\n", fence.text)
+        if path:
+            shown = fence.text.removeprefix(path[0])
+            assert shown == (ROOT / path[1]).read_text(encoding="utf-8"), path[1]
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [

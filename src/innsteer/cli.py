@@ -18,9 +18,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from innsteer import completing, shelf
+from innsteer import completing, mixes, shelf
 from innsteer.errors import DataError, InnsteerError, InputError, MismatchError, UnknownName
-from innsteer.files import require_absent
+from innsteer.files import require_absent, write_json
 
 app = typer.Typer(
     name="innsteer",
@@ -48,7 +48,7 @@ LOADING = ("dtype", "device", "device_map", "revision")
 DATA = Annotated[
     str,
     typer.Argument(
-        help="A built-in behaviour, a file, or a Hub dataset; then e.g. ,label=toxic.",
+        help="A built-in behaviour, a file or a Hub dataset; then e.g. ,label=toxic, ,suite=caa.",
         autocompletion=completing.data,
     ),
 ]
@@ -64,13 +64,16 @@ STEERING = Annotated[
     Path, typer.Argument(help="A steering's folder.", autocompletion=completing.steerings)
 ]
 JSON = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+JSON_FILE = Annotated[
+    Path | None, typer.Option("--out", "-o", help="JSON file to write; must not exist.")
+]
 SEED = Annotated[int, typer.Option(help="Seed of every random choice.")]
 STRENGTH = Annotated[
     str,
     typer.Option(
         "--strength",
         "-s",
-        help="A number, budget, a cost like 0.05nat, or a mix: one=1,two=budget.",
+        help="A number, budget, a cost like 0.05nat, or a mix: one@1+two@budget.",
     ),
 ]
 LAYERS = Annotated[
@@ -602,6 +605,7 @@ def compare(
         list[str] | None,
         typer.Option(help="BEHAVIOUR=TEXT: what the prompt-only arm adds, once for each."),
     ] = None,
+    jobs: Annotated[int, typer.Option(help="Processes that share the cells.")] = 1,
     plan: Annotated[bool, typer.Option("--plan", help="Only say what is left to do.")] = False,
     as_json: JSON = False,
 ) -> None:
@@ -637,6 +641,7 @@ def compare(
         ]
         once = {"--against": against, "--layers": layers, "--budget": budget}
         once |= {"--evaluations": evaluations, "--seeds": seeds if seeds != "0" else ""}
+        once |= {"--jobs": jobs if jobs != 1 else ""}
         words += [word for name, value in once.items() if value for word in (name, value)]
         if plan:
             found = comparison.plan()
@@ -648,7 +653,7 @@ def compare(
             )
             _done(as_json, found, text, _command(*words))
             return
-        comparison.run(progress=progress)
+        comparison.run(jobs=jobs, progress=progress)
         tables = standings.standings(
             comparison.found(), against=reference, left_out=comparison.left_out()
         )
@@ -662,6 +667,102 @@ def compare(
         f"tables and page in {paths}",
         _command(*words, "--plan"),
     )
+
+
+@app.command()
+def bench(
+    steering: STEERING,
+    task: Annotated[list[str], typer.Argument(help="Tasks, groups or tags of lm-eval.")],
+    model: MODEL = "",
+    strength: STRENGTH = "",
+    include_path: Annotated[
+        Path | None, typer.Option(help="Folder with tasks of yours as YAML; their code runs.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Items of each task; default: all.")
+    ] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=0, help="Worked examples; default: as the task says.")
+    ] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
+    file: JSON_FILE = None,
+    as_json: JSON = False,
+) -> None:
+    """Run lm-eval's tasks on the plain and on the steered model."""
+    if file:
+        require_absent(file)
+    from innsteer.integrations.lm_eval import run_tasks
+    from innsteer.steering import Steering
+
+    fitted = Steering.load(steering)
+    with Bars(as_json) as progress:
+        found = run_tasks(
+            _base(fitted, model),
+            fitted,
+            task,
+            strength=_strength(strength),
+            include_path=include_path,
+            limit=limit,
+            shots=shots,
+            chat=chat,
+            progress=progress,
+        )
+    if file:
+        write_json(file, found)
+    if not as_json:
+        out.print(_tasks_table(found["tasks"]))
+    at = ", ".join(f"{value:.4g}" for value in found["strengths"].values())
+    text = f"strength {at}, {found['steered_tokens']} tokens steered"
+    _done(as_json, found, text, _command("inspect", steering))
+
+
+@app.command()
+def judge(
+    report: Annotated[Path, typer.Argument(help="Folder of a saved report.")],
+    by: Annotated[str, typer.Option(help="URL#MODEL of an OpenAI-compatible endpoint.")],
+    criterion: Annotated[
+        str, typer.Option(help='What a good answer does: "The answer is negative."')
+    ],
+    pairs: Annotated[
+        bool, typer.Option("--pairs", help="Against the first arm's answers, in both orders.")
+    ] = False,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of replies; default: in innsteer's cache.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 4,
+    file: JSON_FILE = None,
+    as_json: JSON = False,
+) -> None:
+    """Have a model judge a report's answers by a criterion; the key is $OPENAI_API_KEY."""
+    if file:
+        require_absent(file)
+    from innsteer import judging
+    from innsteer.report import Report
+    from innsteer.smollm2 import cache_folder
+
+    url, mark, name = by.rpartition("#")
+    if not mark:
+        raise InputError(f"--by {by!r}", expected="URL#MODEL, like http://localhost:8000/v1#mine")
+    folder = cache or cache_folder() / "judge"
+    judge = judging.Judge(url, name, criterion, folder, jobs=jobs)
+    loaded = Report.load(report)
+    with Bars(as_json) as progress:
+        found = judging.judge_report(loaded, judge, pairs=pairs, progress=progress)
+    if file:
+        write_json(file, found)
+    if found["unparsed"]:
+        _warn(f"{found['unparsed']} of {found['replies']} replies say nothing and count nowhere")
+    if not as_json:
+        out.print(_verdicts_table(found["figures"]))
+    text = f"{found['replies']} replies"
+    if pairs and found["consistent"] is not None:
+        text += (
+            f"; {found['consistent']:.0%} of pairs alike in both orders, "
+            f"the answer shown first wins {found['first_wins']:.0%}"
+        )
+    other = [] if pairs else ["--pairs"]
+    following = _command("judge", report, "--by", by, "--criterion", criterion, *other)
+    _done(as_json, found, text, following)
 
 
 @app.command()
@@ -934,6 +1035,28 @@ def methods(as_json: JSON = False) -> None:
     _next("innsteer fit critical --method diffmean --out my-steering")
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def serve(
+    ctx: typer.Context,
+    model: Annotated[str, typer.Argument(help="Hub id, folder or smollm2.")],
+    steering: Annotated[
+        list[str],
+        typer.Option("--steering", help="NAME=FOLDER, in the order in which they are applied."),
+    ],
+    untested: Annotated[
+        bool,
+        typer.Option("--steering-untested", help="Start where no test has run: on a GPU, say."),
+    ] = False,
+) -> None:
+    """Serve a model by vLLM's OpenAI server, steered per request; vLLM's own flags pass through."""
+    pairs = [_pair(one, "--steering") for one in steering]
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise InputError(f"--steering {' '.join(steering)}", expected="each name once")
+    from innsteer.backends.vllm_plugin import server
+
+    server.serve(model, dict(pairs), ctx.args, untested=untested)
+
+
 @app.command()
 def demo(
     folder: Annotated[Path, typer.Option("--out", "-o", help="Folder to write.")] = Path("demo"),
@@ -1033,11 +1156,19 @@ def _load(model: str) -> Any:
 
 
 def _contrast(data: str) -> Any:
-    """A contrast from its name and how to read it: FILE,label=toxic or FILE,source=A,target=B."""
+    """A contrast from its name and how to read it: FILE,label=toxic or FILE,source=A,target=B.
+
+    A benchmark's file is read by its suite: FILE,suite=truthfulqa and that suite's own options.
+    """
     from innsteer.contrast import Contrast
 
     columns = ("source", "target", "prompt", "text", "completion", "chosen", "rejected")
-    name, how = _options(data, ("behaviour", "label", *columns), "way to read data")
+    known = ("behaviour", "label", *columns)
+    name, how = _options(data, None if ",suite=" in data else known, "way to read data")
+    if "suite" in how:
+        from innsteer.suites import read
+
+        return read(how.pop("suite"), name, **how)
     return Contrast.load(
         name,
         behaviour=how.get("behaviour"),
@@ -1082,12 +1213,12 @@ def _long(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def _options(text: str, known: tuple[str, ...], kind: str) -> tuple[str, dict[str, Any]]:
-    """A name, and the key=value pairs that follow it after commas."""
+def _options(text: str, known: tuple[str, ...] | None, kind: str) -> tuple[str, dict[str, Any]]:
+    """A name, and the key=value pairs that follow it after commas; ``known`` None: any."""
     name, found = text, dict[str, Any]()
     while not Path(name).exists() and (match := re.fullmatch(r"(.+),(\w+)=([^,=]*)", name)):
         name, key, value = match.groups()
-        if key not in known:
+        if known is not None and key not in known:
             raise UnknownName(f"{kind} in {text!r}:", key, known)
         if key in found:
             raise InputError(f"{key} twice in {text!r}", expected="once")
@@ -1142,25 +1273,17 @@ def _check(steering: Any, model: Any) -> None:
 
 
 def _strength(text: str) -> Any:
-    """One strength (None: the default), or a mix by behaviour from one=1,two=budget."""
-    if "=" not in text:
+    """One strength (None: the default), or a mix by behaviour, as requests to a server write it."""
+    if "@" not in text and "=" not in text:
         return text or None
-    found = {}
-    for part in text.split(","):
-        name, mark, value = part.rpartition("=")
-        if not mark or not name.strip() or not value.strip() or name.strip() in found:
-            raise InputError(
-                f"--strength {text!r}", expected="behaviour=strength, each once: one=1,two=budget"
-            )
-        found[name.strip()] = value.strip()
-    return found
+    return {part.name: part.strength or "budget" for part in mixes.parse(text)}
 
 
 def _mixed(steering: Any, behaviour: str) -> list[str]:
     """The option that steers one of several behaviours; a steering of one needs none."""
     if len(steering.behaviours) < 2 or behaviour not in steering.behaviours:
         return []
-    return ["--strength", f"{behaviour}={'budget' if behaviour in steering.calibration else 1}"]
+    return ["--strength", f"{behaviour}@{'budget' if behaviour in steering.calibration else 1}"]
 
 
 def _fitting(acts: Any, rows: object, contrast: Any, data: str, together: bool) -> None:
@@ -1270,6 +1393,29 @@ def _methods_table(tried: dict[str, Any]) -> Table:
         behind = "{behind:.3f} ({behind_low:.3f} to {behind_high:.3f})".format(**found)
         interval = "{low:.3f} to {high:.3f}".format(**found)
         table.add_row(_escape(name), f"{found['control']:.3f}", interval, behind)
+    return table
+
+
+def _tasks_table(rows: list[dict[str, Any]]) -> Table:
+    """Both arms of every task, with standard errors."""
+    table = Table("task", "metric", "items", "unsteered", "steered")
+    for row in rows:
+        arms = [
+            f"{one['value']:.4f}" + (f" ± {one['stderr']:.4f}" if one["stderr"] else "")
+            for one in (row["unsteered"], row["steered"])
+        ]
+        name = row["metric"] if row["filter"] == "none" else f"{row['metric']} ({row['filter']})"
+        table.add_row(_escape(row["task"]), _escape(name), str(row["n"] or ""), *arms)
+    return table
+
+
+def _verdicts_table(figures: list[dict[str, Any]]) -> Table:
+    """What a judge makes of every arm."""
+    table = Table("arm", "", "mean", "95 % interval", "answers")
+    for one in figures:
+        what = f"more than {one['against']}" if one["against"] else one["unit"]
+        interval = f"{one['low']:.2f} to {one['high']:.2f}"
+        table.add_row(_escape(one["arm"]), what, f"{one['value']:.2f}", interval, str(one["n"]))
     return table
 
 
