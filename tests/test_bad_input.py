@@ -222,7 +222,7 @@ CASES = [
     ("generate good Hi -s budget", "tune it first"),
     ("generate good Hi -s 0.05nat", "tune it first"),
     ("generate good Hi -s other@1", "behaviour 'other'"),
-    ("generate good Hi -s good@1+good@2", "each once"),
+    ("generate good Hi -s good@1+good@2", "each name once"),
     ("generate good Hi -n 0", "0"),
     ("generate good Hi --temperature -1", "-1"),
     ("eval good --data absent.jsonl -o out", "cannot be read"),

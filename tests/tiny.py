@@ -52,15 +52,15 @@ def tiny_config(kind: str, **changes: Any) -> PretrainedConfig:
             "max_position_embeddings": 512,
         }
         return GPTNeoXConfig(**(sizes | ids | changes))
-    return CONFIG_MAPPING[kind](
-        hidden_size=WIDTH,
-        intermediate_size=48,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        **(ARCHITECTURES[kind] | ids | changes),
-    )
+    sizes = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 48,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+    }
+    return CONFIG_MAPPING[kind](**(sizes | ARCHITECTURES[kind] | ids | changes))
 
 
 ARCHITECTURES: dict[str, dict[str, Any]] = {

@@ -47,7 +47,7 @@ class VLLM(HF):
     ) -> None:
         super().__init__(load_model(source, dtype=dtype), memo=memo)
         try:
-            from innsteer.backends.vllm_plugin.offline import Runner
+            from innsteer.backends.vllm_plugin.offline import Runner, uncompiled
         except ModuleNotFoundError as error:
             if (error.name or "").split(".")[0] != "vllm":
                 raise
@@ -55,6 +55,7 @@ class VLLM(HF):
         home = smollm2_folder() if str(source) == "smollm2" else source
         layers = len(self.model.layout.blocks)
         self._engine = Runner(home, layers=layers, dtype=dtype, untested=untested, **engine)
+        uncompiled(self.model.model)
 
     def key(self, call: str, *given: Any, edits: Sequence[Edit] = ()) -> list[Any]:
         """See ``Engine.key``; what one engine computed is not the other's."""

@@ -6,9 +6,13 @@ import pytest
 import torch
 
 import tiny
+from conftest import shift
+from innsteer.backends.menu import Choice, Order
+from innsteer.backends.ragged import Ragged, Seat
 from innsteer.errors import NothingSteeredError, RefusedError
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
+from innsteer.site import Site
 
 LONG = 300
 """Tokens of a prompt of several chunks and blocks of the cache (128 each on a CPU)."""
@@ -97,6 +101,35 @@ def by_hand(model, served, prompt, mix, answer):
             logits = model.model(row).logits
     picked = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
     return picked.gather(-1, torch.tensor(answer)[:, None])[:, 0]
+
+
+# --- a layer's output ---
+
+
+@pytest.mark.parametrize("form", ["rows", "a batch of one", "two summands"])
+def test_steered_rows_of_every_form_of_output_change_and_no_others(form):
+    from innsteer.backends.vllm_plugin import op
+
+    table = Ragged(8, 2, torch.device("cpu"))
+    table.add(shift(Site(0)), 1)
+    table.admit("steered", Order((Choice(0, (0.5,), ((0, None),)),), 1, ""))
+    table.plan([Seat("steered", 0, 1), Seat("plain", 0, 4)])
+    op.PLACES[form] = table.places[Site(0)]
+    h = torch.randn(5, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
+
+    class Layer(torch.nn.Module):
+        def forward(self, h):
+            if form == "two summands":
+                return h / 2, h / 2
+            return h[None].clone() if form == "a batch of one" else h.clone()
+
+    layer = Layer()
+    op.attach(layer, form)
+    out = layer(h)
+    out = sum(out) if form == "two summands" else out.reshape(h.shape)
+    expected = h.clone()
+    expected[0] += 0.5 * table.places[Site(0)][0].part.shifts[0]
+    assert torch.equal(out[1:], h[1:]) and torch.allclose(out, expected, atol=1e-6)
 
 
 # --- the same edit -------------------------------------------------------------------------------

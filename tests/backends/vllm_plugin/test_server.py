@@ -125,6 +125,30 @@ def test_a_prompt_is_scored_where_its_answer_begins(url):
     assert one[1:4] == two[1:4] and one[4] != two[4]
 
 
+def metrics(url):
+    """What /metrics says of steerings, by name and label."""
+    with urlopen(f"{url}/metrics") as answer:
+        lines = [line for line in answer.read().decode().splitlines() if line[:9] == "innsteer_"]
+    return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}
+
+
+def test_what_was_steered_stands_in_the_metrics(url):
+    before = metrics(url)
+    post(url, model="tiny+flow@0.5+ever@-0.3", ignore_eos=True)
+    post(url)
+    for body in ({"model": "tiny+nobody@1"}, {"steering": "flow@1"}):
+        assert post(url, **body)[0] == 400
+    more = {name: value - before.get(name, 0) for name, value in metrics(url).items()}
+    told = {name: value for name, value in more.items() if value and "_created" not in name}
+    ever = {f'innsteer_{what}_tokens_total{{steering="ever"}}' for what in ("touched", "edited")}
+    flow = {f'innsteer_{what}_tokens_total{{steering="flow"}}' for what in ("touched", "edited")}
+    both = {f'innsteer_responses_total{{steering="{name}"}}' for name in ("flow", "ever")}
+    assert {told.pop(name) for name in flow} == {6} and {told.pop(name) for name in both} == {1}
+    assert {told.pop(name) for name in ever} == {15}
+    assert told.pop("innsteer_refused_requests_total") == 2
+    assert all("cached" in name for name in told)
+
+
 def test_the_official_client_runs_against_it(url):
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=f"{url}/v1", api_key="none")

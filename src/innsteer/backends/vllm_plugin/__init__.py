@@ -4,7 +4,7 @@ The only room that imports vllm. ``gate`` says which vLLM it is for and what it 
 ``admission`` turns a request's string into an order, and keeps cached blocks apart; ``worker``
 attaches the maps to the model's layers before they are compiled, and fills their buffers before
 each pass; ``op`` is the one operation that a compiled graph sees; ``http`` and ``server`` are the
-way in over HTTP, ``offline`` the one from Python.
+way in over HTTP, with counters in ``monitoring``; ``offline`` is the one from Python.
 """
 
 

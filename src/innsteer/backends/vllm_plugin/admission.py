@@ -13,7 +13,7 @@ from vllm.v1.core import kv_cache_utils
 from vllm.v1.engine.input_processor import InputProcessor
 
 from innsteer.backends.menu import MARK, Order
-from innsteer.backends.vllm_plugin import settings
+from innsteer.backends.vllm_plugin import monitoring, settings
 from innsteer.errors import InnsteerError, InputError
 
 TEXT, PROMPT, TURNS, RECEIPT = (
@@ -50,6 +50,7 @@ def _admitting(process_inputs: Any) -> Any:
         try:
             _admit(self.vllm_config, request)
         except InnsteerError as error:
+            monitoring.REFUSED.inc()
             raise VLLMValidationError(str(error), parameter=TEXT) from error
         return request
 

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import uuid4
 
 from innsteer.backends.menu import Menu
-from innsteer.backends.vllm_plugin import canary, settings
+from innsteer.backends.vllm_plugin import canary, monitoring, settings
 from innsteer.errors import InnsteerError, InputError, NothingSteeredError
 
 log = logging.getLogger("vllm.innsteer")
@@ -56,6 +56,7 @@ class Steered:
         except json.JSONDecodeError:
             text = None  # vLLM says so better
         except InnsteerError as error:
+            monitoring.REFUSED.inc()
             await _refuse(send, 400, "BadRequestError", str(error))
             return
         if text is None:
@@ -72,6 +73,7 @@ class Steered:
                 "innsteer_receipt", args=(name,)
             )
             applied = _menu(scope).told(text, dict(found[0] or ()))
+            monitoring.count(_menu(scope), applied)
             return {"asked": text, "applied": applied}
 
         answer = _Answer(send, receipt)
@@ -185,6 +187,7 @@ class _Answer:
         try:
             receipt = await self._take()
         except NothingSteeredError as error:
+            monitoring.UNSTEERED.inc()
             await _refuse(self._send, 500, "InternalServerError", str(error))
             return
         data = json.loads(self._body) | {"steering": receipt}
@@ -202,6 +205,7 @@ class _Answer:
         try:
             told = {"steering": await self._take()}
         except NothingSteeredError as error:
+            monitoring.UNSTEERED.inc()
             told = {"error": _error(500, "InternalServerError", str(error))}
         last = json.loads(self._last.removeprefix(b"data: ") or b"{}")
         kept = {key: last[key] for key in ("id", "object", "created", "model") if key in last}

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from vllm import LLM, SamplingParams
 
 from innsteer.backends.memo import digest
@@ -137,27 +138,27 @@ class Runner:
     def _order(
         self, row: Encoded, coefs: Sequence[Sequence[float]], tokens: int, receipt: str
     ) -> tuple[str, Order | None]:
-        """What a row's request asks for; no order where no token of it lies in scope."""
-        text = "+".join(
-            f"{name}@{value!r}"
-            for dish, coef in zip(self._menu.dishes, coefs, strict=True)
-            for name, value in zip(dish.asked_as, coef, strict=True)
-        )
-        if not text:
-            return text, None
-        length = len(row.ids) + tokens - 1
-        try:
-            order = self._menu.order(
-                text, prompt=row.prompt, length=length, turns=row.turns, receipt=receipt
-            )
-        except NothingSteeredError:
-            return text, None
-        return text, order if order.choices else None
+        """What a row's request asks for: the edits that have a token of it in scope, if any."""
+        how: dict[str, Any] = {
+            "prompt": row.prompt,
+            "length": len(row.ids) + tokens - 1,
+            "turns": row.turns,
+        }
+        texts = []
+        for dish, coef in zip(self._menu.dishes, coefs, strict=True):
+            named = zip(dish.asked_as, coef, strict=True)
+            text = "+".join(f"{name}@{value!r}" for name, value in named)
+            with suppress(NothingSteeredError):
+                if self._menu.order(text, **how).choices:
+                    texts.append(text)
+        text = "+".join(texts)
+        return text, self._menu.order(text, receipt=receipt, **how) if text else None
 
     def _said(self, output: Any, row: Encoded, order: Order | None) -> Said:
         """One request's outcome."""
         new, answer = list(output.outputs[0].token_ids), row.ids[row.prompt :]
-        length = len(row.ids) + (0 if answer else len(new) - 1)
+        # Nothing is asked of what follows an answer's last token; ``HF`` does not run it.
+        length = max(row.prompt, len(row.ids) - 1) if answer else len(row.ids) + len(new) - 1
         if order is not None:
             found = dict(self._desk.receipt(order.receipt) or ())
             due = [c.number for c in order.choices if c.within(0, length)]
@@ -170,3 +171,16 @@ class Runner:
         each = [step[token] for step, token in steps]
         greedy = all(one.rank == 1 for one in each)
         return Said([], tuple(one.logprob for one in each), greedy, steered)
+
+
+def uncompiled(model: nn.Module) -> None:
+    """Let a model of transformers run as transformers would, hooks and all.
+
+    For architectures that vLLM has no model of its own for, it replaces ``__call__`` of
+    transformers' classes, in the whole process, by one that compiles and knows no hooks.
+    """
+    for part in model.modules():
+        kind = type(part)
+        if kind.__call__ is not nn.Module.__call__:
+            own = {"__call__": nn.Module.__call__, "__module__": kind.__module__}
+            part.__class__ = type(kind.__name__, (kind,), own)

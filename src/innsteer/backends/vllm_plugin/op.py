@@ -63,7 +63,8 @@ def attach(layer: nn.Module, key: str) -> torch.utils.hooks.RemovableHandle:
 
     def after(_: nn.Module, args: object, output: object) -> None:
         if isinstance(output, Tensor):
-            torch.ops.innsteer.steer_whole(output, key)
+            # vLLM's runner of transformers' own models puts a batch of one around the tokens.
+            torch.ops.innsteer.steer_whole(output.view(-1, output.shape[-1]), key)
         elif isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], Tensor):
             torch.ops.innsteer.steer_split(output[0], output[1], key)
         else:
