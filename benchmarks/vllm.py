@@ -3,6 +3,9 @@
     python benchmarks/vllm.py parity --dtype float32
     python benchmarks/vllm.py mixed
     python benchmarks/vllm.py speed
+    python benchmarks/vllm.py layers       # one site, and all
+    python benchmarks/vllm.py behaviours   # many of them in one batch
+    python benchmarks/vllm.py http --client PYTHON   # an environment with lm-eval[api]
 
 It needs an environment with vllm: ``make test-vllm`` makes one. Each part runs alone, in one
 process and on one thread, and writes its figures to ``results/vllm.json`` when it ends; what has
@@ -15,15 +18,20 @@ import json
 import os
 import platform
 import random
+import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -44,23 +52,20 @@ from innsteer.contrast import Contrast
 from innsteer.files import read_json, write_json
 from innsteer.fitting import record
 from innsteer.interventions import Edit
-from innsteer.models import load_model
+from innsteer.models import Encoded, load_model
 from innsteer.site import Site, Where
 from innsteer.smollm2 import smollm2_folder
-from innsteer.steerer import get
+from innsteer.steerer import Interventions, get
 from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
+from innsteer.suites import capability
 
 RESULTS = Path(__file__).resolve().parent / "results" / "vllm.json"
 LAYER = 19
 FAMILIES = ("innsteer", "diffmean", "linear_act", "mimic")
-OPEN = [
-    "a GPU: V2 runner, CUDA graphs, throughput",
-    "all layers, and the curve over K behaviours in one batch",
-    "vllm bench serve and lm-eval over HTTP",
-]
+OPEN = ["a GPU: V2 runner, CUDA graphs, throughput"]
 """What no part here measures."""
-PARTS = ("parity-float32", "parity-bfloat16", "mixed", "speed")
+PARTS = ("parity-float32", "parity-bfloat16", "mixed", "speed", "layers", "behaviours", "http")
 Figures = list[dict[str, Any]]
 
 
@@ -123,11 +128,10 @@ def parity(dtype: str) -> Figures:
                 found.append(
                     figure(f"{label}, {what} over plain", ratio, "<= 2", "ratio", len(gaps))
                 )
-            said = [backend.generate(asked, edits, Sampling(32)) for backend in (vllm, hf)]
-            share = agreement(vllm, *said)
-            found.append(
-                figure(f"{dtype}, {name}: greedy tokens alike", share, ">= 0.95", "share", 64)
-            )
+        said = [backend.generate(asked, edits, Sampling(32)) for backend in (vllm, hf)]
+        limit = ">= 0.95" if edits else ""
+        share = agreement(vllm, *said)
+        found.append(figure(f"{dtype}, {name}: greedy tokens alike", share, limit, "share", 64))
         print(found[-1], flush=True)
     return found
 
@@ -227,19 +231,23 @@ def gaps_of(solo: Sequence[Any], others: Sequence[Any]) -> tuple[list[float], in
 # --- speed ---------------------------------------------------------------------------------------
 
 
-def speed(rounds: int = 10) -> Figures:
-    """CPU seconds of steered, idle and plain passes on one engine, arms alternating."""
+Arm = Callable[[], float]
+
+
+def passes(llm: Any) -> Callable[..., float]:
+    """What runs a batch of new random prompts, request i under ``mixes[i % len(mixes)]``."""
     from vllm import SamplingParams
 
-    acts, found = rows(), []
-    with tempfile.TemporaryDirectory() as home:
-        flow = fitted("innsteer", acts, hidden=128, couplings=4, epochs=10)
-        llm = engine({"flow": str(flow.save(f"{home}/flow"))})
     draw = np.random.default_rng(0)
 
-    def run(batch: int, prompt: int, tokens: int, mix: str) -> float:
-        extra = {"steering": mix} if mix else None
-        params = SamplingParams(max_tokens=tokens, temperature=0, ignore_eos=True, extra_args=extra)
+    def run(batch: int, prompt: int, tokens: int, *mixes: str) -> float:
+        extras = [{"steering": mix} if mix else None for mix in mixes]
+        params = [
+            SamplingParams(
+                max_tokens=tokens, temperature=0, ignore_eos=True, extra_args=extras[i % len(mixes)]
+            )
+            for i in range(batch)
+        ]
         given = [
             {"prompt_token_ids": draw.integers(500, 9000, prompt).tolist()} for _ in range(batch)
         ]
@@ -247,22 +255,40 @@ def speed(rounds: int = 10) -> Figures:
         llm.generate(given, params, use_tqdm=False)
         return time.process_time() - started
 
-    arms: dict[str, Callable[..., float]] = {
-        "plain": lambda *size: without(llm, run, *size),
-        "idle": lambda *size: run(*size, ""),
-        "steered": lambda *size: run(*size, "flow@1"),
-    }
+    return run
+
+
+def alternating(arms: dict[str, Arm], rounds: int) -> dict[str, list[float]]:
+    """CPU seconds of every arm, round by round, each round beginning with another one."""
+    for arm in arms.values():
+        arm()
+    spent: dict[str, list[float]] = {name: [] for name in arms}
+    order = list(arms)
+    for turn in range(rounds):
+        first = turn % len(order)
+        for name in order[first:] + order[:first]:
+            spent[name].append(arms[name]())
+    return spent
+
+
+def speed(rounds: int = 10) -> Figures:
+    """CPU seconds of steered, idle and plain passes on one engine, arms alternating."""
+    acts, found = rows(), []
+    with tempfile.TemporaryDirectory() as home:
+        flow = fitted("innsteer", acts, hidden=128, couplings=4, epochs=10)
+        llm = engine({"flow": str(flow.save(f"{home}/flow"))})
+    run = passes(llm)
     sizes = {f"batch {batch}": (batch, 16, 16) for batch in (1, 8, 32)}
     sizes["first token, prompt of 256"] = (1, 256, 1)
     for name, size in sizes.items():
-        for arm in arms.values():
-            arm(*size)
-        spent: dict[str, list[float]] = {arm: [] for arm in arms}
-        for turn in range(rounds if size[2] > 1 else 2 * rounds):
-            for arm in [*arms, *arms][turn % 3 :][:3]:
-                spent[arm].append(arms[arm](*size))
+        arms = {
+            "plain": partial(without, llm, run, *size),
+            "idle": partial(run, *size, ""),
+            "steered": partial(run, *size, "flow@1"),
+        }
+        first = size[2] == 1
+        spent = alternating(arms, 2 * rounds if first else rounds)
         for arm, asked in (("steered", ">= 0.93"), ("idle", "")):
-            first = size[2] == 1
             pairs = zip(spent["plain"], spent[arm], strict=True)
             value, low, high = interval([b / a if first else a / b for a, b in pairs])
             told = f"{name}: {arm} over plain, " + ("CPU seconds" if first else "tokens/CPU s")
@@ -270,6 +296,74 @@ def speed(rounds: int = 10) -> Figures:
             found.append(figure(told, value, limit, "ratio", len(spent[arm]), low, high))
             print(found[-1], flush=True)
     return found + ends(found)
+
+
+def over_plain(spent: dict[str, list[float]], told: str) -> Figures:
+    """Tokens per CPU second of every arm over those of ``plain``."""
+    found = []
+    for arm, mine in spent.items():
+        if arm != "plain":
+            ratios = [a / b for a, b in zip(spent["plain"], mine, strict=True)]
+            value, low, high = interval(ratios)
+            name = f"{told}: {arm} over plain, tokens/CPU s"
+            found.append(figure(name, value, "", "ratio", len(mine), low, high))
+            print(found[-1], flush=True)
+    return found
+
+
+def layers(rounds: int = 6) -> Figures:
+    """Four couplings of width 128 at one block, and at every block, beside the plain engine."""
+    depth = load_model("smollm2").model.config.num_hidden_layers
+    one = fitted("innsteer", rows(), hidden=128, couplings=4, epochs=10)
+    (part,) = (part for _, part in one.interventions.items())
+    every = Interventions({Site(n): deepcopy(part) for n in range(depth)})
+    with tempfile.TemporaryDirectory() as home:
+        whole = replace(one, interventions=every)
+        folders = {"one": str(one.save(f"{home}/one")), "every": str(whole.save(f"{home}/every"))}
+        llm = engine(folders)
+    run, found = passes(llm), []
+    for batch in (1, 8, 32):
+        size = (batch, 16, 16)
+        arms = {
+            "plain": partial(without, llm, run, *size),
+            "one layer": partial(run, *size, "one@1"),
+            # What a row holds does not change the work; a small strength keeps it finite.
+            f"all {depth} layers": partial(run, *size, "every@0.01"),
+        }
+        found += over_plain(alternating(arms, rounds), f"batch {batch}")
+    return found
+
+
+def behaviours(rounds: int = 5, most: int = 64) -> Figures:
+    """A batch of 64 that asks for 1, 4, 16 or 64 behaviours: of one network, or of one each."""
+    one = fitted("innsteer", rows(), hidden=128, couplings=4, epochs=10)
+    (part,) = (part for _, part in one.interventions.items())
+    drawn = torch.Generator().manual_seed(0)
+    wide = one.method.build({Site(LAYER): part.width}, most)
+    state = wide[Site(LAYER)].state_dict()
+    for name, tensor in part.state_dict().items():
+        same = state[name].shape == tensor.shape
+        spread = torch.randn(state[name].shape, generator=drawn) * tensor.std()
+        state[name] = tensor if same else spread
+    wide[Site(LAYER)].load_state_dict(state)
+    names = tuple(f"b{n}" for n in range(most))
+    many = replace(one, interventions=wide, behaviours=names)
+    apart = (1, 4, 16)
+    with tempfile.TemporaryDirectory() as home:
+        folders = {"many": str(many.save(f"{home}/many"))}
+        for n in range(apart[-1]):
+            shifted = replace(one, interventions=deepcopy(one.interventions))
+            folders[f"own{n}"] = str(shifted.save(f"{home}/own{n}"))
+        llm = engine(folders)
+    run, size = passes(llm), (most, 16, 16)
+    arms: dict[str, Arm] = {"plain": partial(without, llm, run, *size)}
+    for k in (1, 4, 16, most):
+        arms[f"{k} behaviours of one network"] = partial(
+            run, *size, *(f"many.{name}@1" for name in names[:k])
+        )
+    for k in apart:
+        arms[f"{k} networks"] = partial(run, *size, *(f"own{n}@1" for n in range(k)))
+    return over_plain(alternating(arms, rounds), f"batch {most}")
 
 
 def ends(found: Figures) -> Figures:
@@ -310,6 +404,131 @@ def without(llm: Any, run: Callable[..., float], *size: int) -> float:
         return run(*size, "")
 
 
+# --- over HTTP -----------------------------------------------------------------------------------
+
+
+SCORES = """
+import json, sys
+from lm_eval.api.instance import Instance
+from lm_eval.models.openai_completions import LocalCompletionsAPI
+
+url, name, folder, pairs = sys.argv[1:5]
+model = LocalCompletionsAPI(
+    model=name, base_url=url + "/v1/completions", tokenizer=folder, num_concurrent=1
+)
+asked = [
+    Instance(request_type="loglikelihood", doc={}, arguments=tuple(pair), idx=n)
+    for n, pair in enumerate(json.loads(pairs))
+]
+print("FOUND", json.dumps([score for score, _ in model.loglikelihood(asked)]))
+"""
+
+
+def http(client: str, count: int = 16) -> Figures:
+    """``vllm bench serve`` and lm-eval's client against the server, neither of them changed."""
+    ever = replace(fitted("diffmean", rows()), where=Where("all"))
+    folder = str(smollm2_folder())
+    asked = [
+        (one.prompt + "\nAnswer:", " " + one.target) for one in capability.contrast().items[:count]
+    ]
+    backend = HF(load_model("smollm2"))
+    found = []
+    with (
+        tempfile.TemporaryDirectory() as home,
+        serving({"ever": str(ever.save(f"{home}/ever"))}) as url,
+    ):
+        for name, edits in (("smollm2", []), ("smollm2+ever@0.5", [ever.edit(0.5)])):
+            command = [client, "-c", SCORES, url, name, folder, json.dumps(asked)]
+            theirs = json.loads(told(command).rpartition("FOUND ")[2])
+            # The same tokens, cut where lm-eval cuts them.
+            tokenizer = backend.model.tokenizer
+            pairs = [(tokenizer(a)["input_ids"], tokenizer(a + b)["input_ids"]) for a, b in asked]
+            encoded = [Encoded(tuple(whole), len(head), ()) for head, whole in pairs]
+            ours = [sum(one.log_probs) for one in backend.score_encoded(encoded, edits)]
+            gap = max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+            label = "steered" if edits else "plain"
+            found.append(
+                figure(f"lm-eval over HTTP, {label}: |dlogprob|", gap, "<= 0.001", "nats", count)
+            )
+            print(found[-1], flush=True)
+            random = "--dataset-name random --random-input-len 32 --random-output-len 16"
+            command = [sys.executable, "-c", BENCH]
+            command += ["--backend", "openai", "--base-url", url, "--model", name]
+            command += ["--tokenizer", folder, "--num-prompts", str(count), *random.split()]
+            report = Path(home) / f"{label}.json"
+            command += ["--ignore-eos", "--save-result", "--result-filename", str(report)]
+            told(command)
+            done = read_json(report, "vllm bench serve")
+            for what, value, limit in (
+                ("requests completed", done["completed"], f">= {count}"),
+                ("tokens given", done["total_output_tokens"], f">= {16 * count}"),
+            ):
+                label_ = f"vllm bench serve, {label}: {what}"
+                found.append(figure(label_, float(value), limit, "n", count))
+                print(found[-1], flush=True)
+    return found
+
+
+# What `vllm bench serve` runs: the CPU build has no console script that starts.
+BENCH = """
+import argparse
+from vllm.benchmarks.serve import add_cli_args, main
+
+parser = argparse.ArgumentParser()
+add_cli_args(parser)
+main(parser.parse_args())
+"""
+ELSEWHERE = tempfile.gettempdir()
+"""Where other processes start: beside this file they would take it for vllm."""
+
+
+def told(command: Sequence[str]) -> str:
+    """What a command printed; its end if it failed."""
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, cwd=ELSEWHERE)
+    if done.returncode:
+        raise SystemExit(f"{command[:4]} ... failed:\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout
+
+
+@contextmanager
+def serving(folders: dict[str, str]) -> Iterator[str]:
+    """The address of a server of these steerings."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = ["serve", "smollm2", *(f"--steering={name}={path}" for name, path in folders.items())]
+    words += [
+        "--port",
+        str(port),
+        "--dtype",
+        "float32",
+        "--enforce-eager",
+        "--max-model-len",
+        "512",
+    ]
+    env = {k: v for k, v in os.environ.items() if k != "VLLM_ENABLE_V1_MULTIPROCESSING"}
+    url = f"http://127.0.0.1:{port}"
+    with tempfile.TemporaryFile("w+") as log:
+        command = [sys.executable, "-m", "innsteer.cli", *words]
+        server = subprocess.Popen(
+            command, env=env, cwd=ELSEWHERE, stdout=log, stderr=subprocess.STDOUT
+        )
+        try:
+            for _ in range(600):
+                with suppress(OSError), urlopen(f"{url}/health", timeout=5):
+                    break
+                if server.poll() is not None:
+                    break
+                time.sleep(1)
+            if server.poll() is not None:
+                log.seek(0)
+                raise SystemExit(f"the server ended:\n{log.read()[-3000:]}")
+            yield url
+        finally:
+            server.terminate()
+            server.wait(60)
+
+
 # --- results -------------------------------------------------------------------------------------
 
 
@@ -332,15 +551,19 @@ def save(part: str, figures: Figures, seconds: float) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("parity", "mixed", "speed"))
+    parser.add_argument("part", choices=[name.partition("-")[0] for name in PARTS[1:]])
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--client", default=sys.executable)
     given = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
+    plain = {"mixed": mixed, "speed": speed, "layers": layers, "behaviours": behaviours}
     if given.part == "parity":
         name, found = f"parity-{given.dtype}", parity(given.dtype)
+    elif given.part == "http":
+        name, found = given.part, http(given.client)
     else:
-        name, found = given.part, {"mixed": mixed, "speed": speed}[given.part]()
+        name, found = given.part, plain[given.part]()
     save(name, found, time.perf_counter() - started)
 
 
