@@ -339,7 +339,7 @@ def behaviours(rounds: int = 5, most: int = 64) -> Figures:
     one = fitted("innsteer", rows(), hidden=128, couplings=4, epochs=10)
     (part,) = (part for _, part in one.interventions.items())
     drawn = torch.Generator().manual_seed(0)
-    wide = one.method.build({Site(LAYER): part.width}, most)
+    wide = one.steerer.build({Site(LAYER): part.width}, most)
     state = wide[Site(LAYER)].state_dict()
     for name, tensor in part.state_dict().items():
         same = state[name].shape == tensor.shape
