@@ -8,7 +8,7 @@ import tiny
 from innsteer.interventions import Edit, Shift
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Where
-from innsteer.steerer import Intervention, Interventions
+from innsteer.steerer import AcrossSites, Intervention, Interventions
 
 
 def shift(model: LanguageModel, *sites: Site, k: int = 1, seed: int = 0) -> Interventions:
@@ -89,3 +89,31 @@ def hooks_of(model):
     """Number of hooks on all modules."""
     names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
     return sum(len(getattr(part, name)) for part in model.modules() for name in names)
+
+
+class Tracks(AcrossSites):
+    """Adds what the inputs were along a row, times the number of blocks; hands on both."""
+
+    carry = 2
+
+    def __init__(self, width: int, k: int = 1, seed: int = 0) -> None:
+        super().__init__()
+        self.width = width
+        draw = torch.Generator().manual_seed(seed)
+        self.register_buffer("along", torch.randn(width, generator=draw))
+        self.register_buffer("moves", torch.randn(k, width, generator=draw))
+
+    def read(self, h_in, coef, carry):
+        seen = torch.tanh(h_in @ self.along.to(h_in.dtype)).unsqueeze(-1)
+        return torch.cat([0.5 * carry[:, :1] + seen, carry[:, 1:]], -1)
+
+    def write(self, h_out, coef, carry):
+        moved = coef @ self.moves.to(h_out.dtype) * carry[:, :1] * (1 + carry[:, 1:])
+        return h_out + moved, carry + carry.new_tensor([0.0, 0.25])
+
+
+def tracks(model, *sites, seed=0, k=1):
+    """Maps across sites, by default at blocks 0 and 2: the one between is not steered."""
+    width = model.layout.width
+    places = sites or (Site(0), Site(2))
+    return Interventions({site: Tracks(width, k, seed + site.layer) for site in places})

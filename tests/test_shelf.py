@@ -96,7 +96,8 @@ def test_a_description_says_what_the_class_says(method):
     made = steerer.get(method["name"])
     kind = type(made)
     declared = {name for name in Steerer.__annotations__}
-    told = {"paper", "needs", "sites", "trained", "invertible", "across_tokens", "erases"}
+    told = {"paper", "needs", "sites", "trained", "invertible", "erases"}
+    told |= {"across_sites", "across_tokens"}
     assert told == declared
     for name in declared:
         said = list(kind.needs) if name == "needs" else getattr(kind, name)
@@ -155,8 +156,9 @@ def test_a_method_of_another_package_is_listed_described_and_made(plug):
         "sites": "any",
         "trained": True,
         "invertible": False,
-        "across_tokens": False,
         "erases": False,
+        "across_sites": False,
+        "across_tokens": False,
         "fields": ["dial"],
     }
     assert "outside_impl" not in sys.modules  # described without being imported

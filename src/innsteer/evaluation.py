@@ -466,8 +466,8 @@ class _Run:
         found = []
         for name, steering in steerings.items():
             site = next(iter(steering.interventions))
-            if steering.interventions[site].contextual:
-                continue  # rows alone do not say where it moves them; the notes say so
+            if not _by_rows(steering):
+                continue  # the notes say so
             acts = self.backend.record(items, [site], read="mean")
             found += _clouds(name, steering, acts, site)
         return found
@@ -566,6 +566,11 @@ def _doses(steerings: Mapping[str, Steering]) -> list[DosePoint]:
     ]
 
 
+def _by_rows(steering: Steering) -> bool:
+    """Whether rows of a site alone say where it moves them."""
+    return not (steering.interventions.contextual or steering.interventions.across)
+
+
 def _clouds(name: str, steering: Steering, acts: Activations, site: Site) -> list[Cloud]:
     """Two-dimensional projections fitted on the unsteered rows of both sides."""
     source, target = acts.sides(site)
@@ -624,9 +629,12 @@ def _notes(
         for arm in arms
         if arm.adapter
     ]
-    told = [name for name, steering in steerings.items() if steering.interventions.contextual]
+    told = [name for name, steering in steerings.items() if not _by_rows(steering)]
     if told and suite.items is not None and suite.items.kind == "open":
-        notes.append(f"No scatter of {', '.join(told)}: it moves a row by what its prompt says.")
+        notes.append(
+            f"No scatter of {', '.join(told)}: it moves a row by what its prompt says, or the "
+            "blocks below."
+        )
     budgets = {
         name: steering.curve.budget for name, steering in steerings.items() if steering.curve
     }

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from innsteer.errors import InputError, UnknownName
-from innsteer.steerer import Intervention
+from innsteer.steerer import AcrossSites, Intervention
 
 Kind = Literal["lda", "logistic"]
 # Inverse strengths of the logistic gate's penalty, and the parts that choose among them.
@@ -66,6 +66,13 @@ class Gated(Intervention):
                 "a gate around a map that reads the prompt",
                 expected="a map of rows alone",
                 remedy='fit the inner method with reads="row"',
+            )
+        if isinstance(inner, AcrossSites):
+            raise InputError(
+                "a gate around a map that acts across sites",
+                expected="a map of rows alone: a gate sees one site, and would open differently at "
+                "each",
+                remedy="steer without the gate, or gate a method of one site, such as diffmean",
             )
         self.inner, self.gate = inner, gate
         self.width = inner.width

@@ -2,7 +2,8 @@
 
 One pre-hook on the base model plans each forward pass: absolute positions of its tokens, and from
 them which rows each edit touches. A hook per site then applies the interventions to those rows and
-to no others, so a sequence at strength 0 never passes through any arithmetic.
+to no others, so a sequence at strength 0 never passes through any arithmetic. Maps that act across
+sites get a second hook, at their block's input.
 """
 
 import inspect
@@ -22,7 +23,7 @@ from innsteer.errors import InputError, NothingSteeredError, PositionError, Refu
 from innsteer.interventions import Edit
 from innsteer.models import LanguageModel, Layout, find_layout, unwrapped
 from innsteer.site import Site, Span, Where, before
-from innsteer.steerer import Intervention
+from innsteer.steerer import AcrossSites, Intervention
 
 # Set on a cache that holds steered tokens: its first steered column, and the prompts it was steered
 # under. An attribute, because a copy of the cache (the way to reuse a prefix) must still tell.
@@ -91,6 +92,9 @@ class Attachment:
         self._scopes: list[tuple[Tensor, Tensor, Tensor]] = []
         self._plan: list[tuple[Tensor, Tensor]] = []
         self._contexts = _Contexts(self._edits, contexts)
+        # Of the pass: carries as they came out of a block's input or output, by edit. Kept apart,
+        # because a block that is run again (checkpointing) must find the same one.
+        self._carries: dict[tuple[int, Site, str], Tensor] = {}
         # Of the pass: its positions, and how often a site left each of its tokens alone.
         self._at = torch.empty(0, 0)
         self._spoiled: Counter[int] = Counter()
@@ -128,6 +132,8 @@ class Attachment:
             stack.callback(base.register_forward_hook(mark, always_call=True).remove)
             for site in sorted({site for edit in self._edits for site in edit.interventions}):
                 stack.callback(self._hook(site).remove)
+            for site in sorted({site for edit in self._edits for site in _across(edit)}):
+                stack.callback(self._read_hook(site).remove)
             for edit in self._edits:
                 for site, part in edit.interventions.items():
                     part.to(self._device(site))
@@ -177,7 +183,7 @@ class Attachment:
         self._contexts.plan(self._prompts, positions, real, start)
         device = self._model.device
         self._plan = [(index.to(device), coef.to(device)) for index, coef in plan]
-        self._at, self._spoiled = positions, Counter()
+        self._at, self._spoiled, self._carries = positions, Counter(), {}
 
     def _discount(self) -> None:
         """After a pass with rows that were not finite: those that no site edited do not count."""
@@ -245,9 +251,8 @@ class Attachment:
         def steer(h: Tensor) -> Tensor:
             self._contexts.see(site, h)
             for number, intervention in mine:
-                index, coef = self._plan[number]
-                if len(index):
-                    h = self._apply(site, intervention, h, index, coef)
+                if len(self._plan[number][0]):
+                    h = self._apply(site, number, intervention, h)
             return h
 
         if port == "input":
@@ -260,23 +265,54 @@ class Attachment:
 
         return module.register_forward_hook(after)
 
-    def _apply(
-        self, site: Site, part: Intervention, h: Tensor, index: Tensor, coef: Tensor
-    ) -> Tensor:
-        """Edit the indexed rows of ``[batch, time, d]``; the others are the same bits."""
+    def _read_hook(self, site: Site) -> Any:
+        """A hook that lets the maps across sites of one block read its input."""
+        mine = []
+        for number, edit in enumerate(self._edits):
+            if site in (parts := _across(edit)):
+                below = max((other for other in parts if other < site), default=None)
+                mine.append((number, parts[site], below))
+
+        def read(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            h = args[0] if args else kwargs["hidden_states"]
+            for number, part, below in mine:
+                index, coef = self._plan[number]
+                if len(index):
+                    rows = _taken(h.reshape(-1, h.shape[-1]), index)
+                    carry = (
+                        part.start(rows)
+                        if below is None
+                        else self._carries[number, below, "output"].to(rows.device)
+                    )
+                    entered = part.enter(rows, coef.to(rows.device), carry)
+                    self._carries[number, site, "input"] = entered
+
+        return self._layout.at(site)[0].register_forward_pre_hook(read, with_kwargs=True)
+
+    def _apply(self, site: Site, number: int, part: Intervention, h: Tensor) -> Tensor:
+        """Edit the planned rows of ``[batch, time, d]``; the others are the same bits."""
+        index, coef = self._plan[number]
         flat = h.reshape(-1, h.shape[-1])
         every = len(index) == len(flat)
-        rows = flat if every else flat[index.to(flat.device)]
-        context = None
+        rows = _taken(flat, index)
+        context = carry = None
         if part.contextual:
             context = self._contexts.of(site, index // h.shape[1], rows.device)
+        if isinstance(part, AcrossSites):
+            carry = self._carries[number, site, "input"]
         broken = ~torch.isfinite(rows).all(-1)
-        if context is not None:
-            broken = broken | ~torch.isfinite(context).all(-1)
+        for told in (context, carry):
+            if told is not None:
+                broken = broken | ~torch.isfinite(told).all(-1)
         if count := int(broken.sum()):
             self.trace.nonfinite += count
             self._spoiled.update(index[broken.to(index.device)].tolist())
-        new: Tensor = part(rows, coef.to(rows.device), context)
+        new: Tensor
+        if isinstance(part, AcrossSites) and carry is not None:
+            new, left = part.leave(rows, coef.to(rows.device), carry)
+            self._carries[number, site, "output"] = left
+        else:
+            new = part(rows, coef.to(rows.device), context)
         if self._displacement is not None:
             before, after = rows.float(), new.float()
             relative = (after - before).norm(dim=-1) / before.norm(dim=-1)
@@ -428,6 +464,16 @@ def require_selected(trace: Trace, edits: Sequence[Edit]) -> None:
             expected="at least one token in scope in a forward pass of this model",
             remedy="check the scope against the prompts, and that this model was the one run",
         )
+
+
+def _across(edit: Edit) -> dict[Site, AcrossSites]:
+    """The maps of an edit that act across sites, lowest layer first."""
+    return {site: p for site, p in edit.interventions.items() if isinstance(p, AcrossSites)}
+
+
+def _taken(flat: Tensor, index: Tensor) -> Tensor:
+    """The indexed rows; all of them are the tensor itself."""
+    return flat if len(index) == len(flat) else flat[index.to(flat.device)]
 
 
 def _entry(values: Sequence[Any] | None, row: int, batch: int) -> Any:

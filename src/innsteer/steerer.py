@@ -84,13 +84,97 @@ class Intervention(nn.Module, ABC):
         return torch.float64 if h.dtype == torch.float64 and double else torch.float32
 
 
+class AcrossSites(Intervention):
+    """An intervention that reads its block's input, edits its output, and hands a carry on.
+
+    Its site is the block's output. Going up the blocks of a pass, an engine calls ``enter`` at
+    each one's input and ``leave`` at its output, and the carry ``[tokens, carry]`` goes from block
+    to block: zeros at the first (``start``), of the compute dtype. Subclasses write ``read`` and
+    ``write`` and set ``carry``; ``enter`` and ``leave`` keep the laws. Rows whose coefficients are
+    all 0 come back bit for bit, and so do their carries. A row that is not finite comes back bit
+    for bit too and makes its carry NaN: from there on its token is left alone. The block's input
+    already holds what was edited below.
+
+    A pass forgets: nothing goes from one pass to the next. Alone, on rows, it says nothing.
+
+    >>> class Lift(AcrossSites):
+    ...     carry, width = 1, 2
+    ...     def read(self, h_in, coef, carry):
+    ...         return carry + h_in.sum(-1, keepdim=True)
+    ...     def write(self, h_out, coef, carry):
+    ...         return h_out + coef * carry, carry
+    >>> part, h, coef = Lift(), torch.ones(2, 2), torch.tensor([[0.0], [1.0]])
+    >>> carry = part.enter(h, coef, part.start(h))
+    >>> part.leave(10 * h, coef, carry)[0].tolist()
+    [[10.0, 10.0], [12.0, 12.0]]
+    """
+
+    carry: int = 0
+
+    @abstractmethod
+    def read(self, h_in: Tensor, coef: Tensor, carry: Tensor) -> Tensor:
+        """The carry ``[tokens, c]`` after a block's input, rows ``[tokens, d]``.
+
+        All come in the compute dtype, ``coef`` as ``[tokens, k]``; what is returned for a row that
+        must stay is left unread.
+        """
+
+    @abstractmethod
+    def write(self, h_out: Tensor, coef: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+        """New rows ``[tokens, d]`` of the block's output, and the carry for the next block."""
+
+    def start(self, h: Tensor) -> Tensor:
+        """The carry of rows ``h`` before the first block: zeros."""
+        return h.new_zeros(h.shape[0], self.carry, dtype=self.compute_dtype(h))
+
+    def enter(self, h_in: Tensor, coef: Tensor, carry: Tensor) -> Tensor:
+        """``read``, with the laws: what engines call with rows of any dtype."""
+        dtype = self.compute_dtype(h_in)
+        carry = carry.to(dtype)
+        return self._kept(h_in, coef, carry, self.read(h_in.to(dtype), coef.to(dtype), carry))
+
+    def leave(self, h_out: Tensor, coef: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+        """``write``, with the laws: new rows in the dtype of ``h_out``, and the carry."""
+        dtype = self.compute_dtype(h_out)
+        carry = carry.to(dtype)
+        edited, after = self.write(h_out.to(dtype), coef.to(dtype), carry)
+        touched = self.touched(h_out, coef) & torch.isfinite(carry).all(-1)
+        new = torch.where(touched.unsqueeze(-1), edited.to(h_out.dtype), h_out)
+        return new, self._kept(h_out, coef, carry, after)
+
+    def displacement(self, h: Tensor, coef: Tensor) -> Tensor:
+        """None: rows of one site do not say what the block's input was.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"rows of one site for {type(self).__name__}, which acts across sites",
+            expected="a block's input and output, and what the blocks below handed on",
+            remedy="attach it to a model (Steering.on), or call enter and leave around each block",
+        )
+
+    @staticmethod
+    def _kept(h: Tensor, coef: Tensor, old: Tensor, new: Tensor) -> Tensor:
+        """The new carry where a row is steered, NaN where that cannot be, else the old one."""
+        fine = torch.isfinite(h).all(-1, keepdim=True) & torch.isfinite(old).all(-1, keepdim=True)
+        asked = (coef != 0).any(-1, keepdim=True)
+        return torch.where(asked, torch.where(fine, new, torch.nan), old)
+
+
 class Interventions(nn.Module):
-    """An ordered mapping Site -> Intervention: what is fitted, saved and served."""
+    """An ordered mapping Site -> Intervention: what is fitted, saved and served.
+
+    Raises:
+        InputError: no site; or maps that act across sites elsewhere than at blocks' outputs, or
+            with carries of several widths.
+    """
 
     def __init__(self, parts: Mapping[Site, Intervention]) -> None:
         super().__init__()
         if not parts:
             raise InputError("no site at all", expected="an intervention for at least one site")
+        _check_across({site: part for site, part in parts.items() if isinstance(part, AcrossSites)})
         self.sites = tuple(sorted(parts))
         self.maps = nn.ModuleDict({_key(site): parts[site] for site in self.sites})
 
@@ -115,6 +199,11 @@ class Interventions(nn.Module):
         return any(part.contextual for _, part in self.items())
 
     @property
+    def across(self) -> bool:
+        """Whether any map acts across sites: an engine that has no carry refuses."""
+        return any(isinstance(part, AcrossSites) for _, part in self.items())
+
+    @property
     def sizes(self) -> dict[str, int]:
         """What data or base model decided, by ``site.name``; ``build`` makes the shapes of it."""
         return {
@@ -122,6 +211,22 @@ class Interventions(nn.Module):
             for site, part in self.items()
             for name, size in getattr(part, "sizes", {}).items()
         }
+
+
+def _check_across(parts: Mapping[Site, AcrossSites]) -> None:
+    """Maps across sites fit together: blocks' outputs, and one carry."""
+    if odd := [site for site in parts if site.stream != "residual"]:
+        raise InputError(
+            f"a map that acts across sites at {odd[0]}",
+            expected="the output of a block: it reads the block's input and edits its output",
+            remedy=f"name the layer alone: {odd[0].layer}",
+        )
+    if len({part.carry for part in parts.values()}) > 1:
+        told = ", ".join(f"{part.carry} at {site}" for site, part in sorted(parts.items()))
+        raise InputError(
+            f"carries of several widths: {told}",
+            expected="one: what a block hands on, the next one takes",
+        )
 
 
 def tensor_bytes(module: nn.Module) -> Iterator[bytes]:
@@ -196,6 +301,7 @@ class Steerer(ABC):
     Class variables describe the method for people and tools; they are literals, because the shelf
     is read without importing it. ``needs`` is any of ``pairs``, ``classes``, ``unmoved`` (rows that
     stand among those that seek the target), ``gradients`` (target-seeking rows), ``model``. A
+    method ``across_sites`` makes ``AcrossSites`` maps, which need the whole model below them. A
     method that ``erases`` takes away what tells the sides apart at strength 1, where others carry
     source to target. ``sites`` is ``any``, one or several; a method with a rule of its own among
     them names where it looks: the ``layers``' outputs, or the ``heads``, of all blocks together.
@@ -206,6 +312,7 @@ class Steerer(ABC):
     sites: ClassVar[str] = "any"
     trained: ClassVar[bool] = False
     invertible: ClassVar[bool] = False
+    across_sites: ClassVar[bool] = False
     across_tokens: ClassVar[bool] = False
     erases: ClassVar[bool] = False
 

@@ -22,10 +22,11 @@ from innsteer.errors import InputError
 from innsteer.flows import Flow, coupling_stack
 from innsteer.interventions import SetPoint, Shift
 from innsteer.site import Site
-from innsteer.steerer import Intervention, Interventions, Steerer
+from innsteer.steerer import AcrossSites, Intervention, Interventions, Steerer
 from innsteer.steering import Steering
 
 WIDTHS = {Site(1): 7, Site(3, "mlp"): 8}  # odd and even, two sites
+BLOCKS = {Site(0): 7, Site(1): 7, Site(2): 7}  # for methods across sites: outputs of neighbours
 COUNT = 24
 SIDES = ("source", "target", "unmoved")
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float64: torch.int64}
@@ -36,6 +37,7 @@ CONDITIONAL = {
     for name, method in METHODS.items()
     if "gradients" in method["needs"] and "pairs" not in method["needs"]
 }
+ACROSS = {name for name, method in METHODS.items() if method["across_sites"]}
 
 every_method = pytest.mark.parametrize("name", METHODS)
 both_counts = pytest.mark.parametrize("k", [1, 2])
@@ -45,16 +47,22 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], 
 # --- material ------------------------------------------------------------------------------------
 
 
-def recording(k: int = 1, *, seed: int = 0, split: str = "train") -> Activations:
+def recording(
+    k: int = 1,
+    *,
+    seed: int = 0,
+    split: str = "train",
+    widths: Mapping[Site, int] = WIDTHS,
+) -> Activations:
     """Keyed pairs of each behaviour at every site, and rows that must not move.
 
     Dimensions differ in spread as a residual's do.
     """
     draw = torch.Generator().manual_seed(seed)
-    values = {site: [] for site in WIDTHS}
+    values = {site: [] for site in widths}
     for behaviour in range(k):
         for side in range(len(SIDES)):
-            for site, width in WIDTHS.items():
+            for site, width in widths.items():
                 spread = torch.linspace(0.5, 4, width)
                 gap = spread * torch.cos(torch.arange(width) + 1.0 + behaviour) * 1.5
                 rows = torch.randn(COUNT, width, generator=draw) * spread
@@ -100,7 +108,19 @@ def of_parts(values: Mapping[Site, list[Tensor]], k: int, split: str = "train") 
 
 def given(name: str, k: int = 1) -> Activations:
     """The recording that suits a method."""
-    return seeking(k) if name in CONDITIONAL else recording(k)
+    return seeking(k) if name in CONDITIONAL else recording(k, widths=widths_of(name))
+
+
+def widths_of(name: str) -> Mapping[Site, int]:
+    """The sites at which a method is recorded."""
+    return BLOCKS if name in ACROSS else WIDTHS
+
+
+def alone(name: str, **how) -> Activations:
+    """A recording at one site, or of all blocks for a method that acts across them."""
+    if name in ACROSS:
+        return recording(widths=BLOCKS, **how)
+    return recording(**how).at(Site(1))
 
 
 def brief(name: str) -> Steerer:
@@ -115,9 +135,31 @@ def fitted(name: str, k: int) -> Steering:
     return Steering(brief(name), brief(name).fit(acts), acts.behaviours)
 
 
-def parts(name: str, k: int) -> Iterator[Intervention]:
-    """The fitted intervention of every site."""
-    return (part for _, part in fitted(name, k).interventions.items())
+class Chain(nn.Module):
+    """Maps across sites as one map of rows, with blocks between them that add nothing."""
+
+    def __init__(self, maps: Interventions) -> None:
+        super().__init__()
+        self.maps, self.width = maps, next(part.width for _, part in maps.items())
+
+    def forward(self, h: Tensor, coef: Tensor) -> Tensor:
+        carry = None
+        for _, part in self.maps.items():
+            carry = part.enter(h, coef, part.start(h) if carry is None else carry)
+            h, carry = part.leave(h, coef, carry)
+        return h
+
+
+def maps_of(interventions: Interventions) -> dict[Site, nn.Module]:
+    """Maps of rows by their site; those that act across sites make one, from the lowest on."""
+    if interventions.across:
+        return {interventions.sites[0]: Chain(interventions)}
+    return dict(interventions.items())
+
+
+def parts(name: str, k: int) -> Iterator[nn.Module]:
+    """The fitted map of every site."""
+    return iter(maps_of(fitted(name, k).interventions).values())
 
 
 def width_of(part: Intervention) -> int:
@@ -205,6 +247,77 @@ def law_neighbours_do_not_matter(part: Intervention, k: int):
                 assert (other - alone).norm() <= limit, "a neighbour changed the edit"
 
 
+def carries(part: AcrossSites, count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What blocks below may have handed on."""
+    draw = torch.Generator().manual_seed(8)
+    return torch.randn(count, part.carry, generator=draw, dtype=dtype)
+
+
+def law_untouched_rows_keep_their_carry(part: AcrossSites, k: int, dtype: torch.dtype):
+    """Law 1 across sites: row and carry, at a block's input and at its output.
+
+    A row without strength keeps both; one that is not finite, or was not at a block below, comes
+    back and hands on NaN; neither spreads.
+    """
+    d = width_of(part)
+    still, bad, moved = rows(d).to(dtype), non_finite(dtype, d), rows(d, seed=7).to(dtype)
+    h = torch.cat([still, bad, moved])
+    zero, lost, n = len(still), len(still) + len(bad), len(h)
+    coef = torch.cat([torch.zeros(zero, k), strengths(k, n - zero)])
+    before = carries(part, n)
+    before[0], before[-1] = torch.nan, torch.nan
+    out, left = part.leave(h, coef, before)
+    for after in (part.enter(h, coef, before), left):
+        assert torch.equal(bits(after[:zero]), bits(before[:zero])), "an untouched row's carry"
+        assert torch.isnan(after[zero:lost]).all(), "a bad row hands on a number"
+        assert torch.isfinite(after[lost:-1]).all(), "a bad row has spread"
+        assert torch.isnan(after[-1:]).all(), "a lost row was found again"
+    assert torch.equal(bits(out[:lost]), bits(h[:lost])), "an untouched row has changed"
+    assert torch.equal(bits(out[-1:]), bits(h[-1:])), "a lost row has changed"
+    assert torch.isfinite(out[lost:]).all(), "a bad row has spread"
+
+
+def law_a_carry_keeps_its_form_and_nothing_happens_in_place(
+    part: AcrossSites, k: int, dtype: torch.dtype
+):
+    """Law 2 across sites: the carry is of the compute dtype, and starts at zeros."""
+    d = width_of(part)
+    own = {torch.float32: part, torch.bfloat16: part, torch.float64: copy.deepcopy(part).double()}
+    for kind, wanted in {dtype: torch.float32, torch.float64: torch.float64}.items():
+        h, coef = rows(d).to(kind), strengths(k)
+        start = own[kind].start(h)
+        assert not start.any() and start.shape == (len(h), part.carry) and start.dtype == wanted
+        before = carries(part, len(h), wanted)
+        kept = h.clone(), coef.clone(), before.clone()
+        entered = own[kind].enter(h, coef, before)
+        out, left = own[kind].leave(h, coef, before)
+        assert out.shape == h.shape and out.dtype == h.dtype
+        for after in (entered, left):
+            assert after.shape == before.shape and after.dtype == wanted, "another carry"
+        assert all(map(torch.equal, kept, (h, coef, before))), "in place"
+
+
+def law_neighbours_do_not_matter_to_a_carry(part: AcrossSites, k: int):
+    """Law 3 across sites: alone and beside others a row hands on the same."""
+    own = copy.deepcopy(part).double()
+    h, coef, before = (
+        rows(width_of(part)).double(),
+        strengths(k).double(),
+        carries(part, 9).double(),
+    )
+    together = torch.stack([own.enter(h, coef, before), own.leave(h, coef, before)[1]])
+    for i in range(len(h)):
+        given = h[i : i + 1], coef[i : i + 1], before[i : i + 1]
+        alone = torch.stack([own.enter(*given), own.leave(*given)[1]])[:, 0]
+        assert (together[:, i] - alone).norm() <= 1e-12, "a neighbour changed the carry"
+
+
+def law_rows_alone_are_refused(part: AcrossSites, k: int):
+    """Rows of one site do not say what the block's input was."""
+    with pytest.raises(InputError, match="across sites.*Steering.on"):
+        part(rows(width_of(part)), strengths(k))
+
+
 def law_it_compiles_whole_and_runs_in_inference_mode(part: Intervention, k: int):
     """Law 4: one graph, the same numbers."""
     d = width_of(part)
@@ -223,9 +336,9 @@ def law_saving_keeps_outputs_and_identity(steering: Steering, folder: Path):
     assert loaded.steerer == steering.steerer and loaded.behaviours == steering.behaviours
     k = len(steering.behaviours)
     assert list(loaded.interventions) == list(steering.interventions)
-    for site, part in steering.interventions.items():
+    for site, part in maps_of(steering.interventions).items():
         h = rows(width_of(part))
-        again = loaded.interventions[site](h, strengths(k))
+        again = maps_of(loaded.interventions)[site](h, strengths(k))
         assert torch.equal(again, part(h, strengths(k))), "another output"
 
 
@@ -254,7 +367,7 @@ def law_fit_follows_from_rows_and_seed(method: Steerer, acts: Activations):
 
 def law_test_rows_stay_unseen(method: Steerer, acts: Activations):
     """Rows of the test part beside the training rows change nothing."""
-    other = recording(len(acts.behaviours), seed=9, split="test")
+    other = recording(len(acts.behaviours), seed=9, split="test", widths=acts.widths)
     both = Activations(
         {site: torch.cat([acts.values[site], other.values[site] + 5]) for site in acts.sites},
         Rows.of(acts.rows.records() + other.rows.records()),
@@ -314,19 +427,23 @@ def law_row_weights_count(method: Steerer, acts: Activations):
 
     def edit(records: list[dict], values: Tensor) -> Tensor:
         """The edit at strength 1 of a fit on these rows."""
-        part = method.fit(Activations({acts.site: values}, Rows.of(records), acts.behaviours))
-        h = rows(acts.widths[acts.site])
-        return part[acts.site](h, torch.ones(len(h), 1)) - h
+        values = dict(zip(acts.sites, values.unbind(1), strict=True))
+        (part,) = maps_of(
+            method.fit(Activations(values, Rows.of(records), acts.behaviours))
+        ).values()
+        h = rows(width_of(part))
+        return part(h, torch.ones(len(h), 1)) - h
 
     def off(edited: Tensor) -> float:
         return float((edited - without).norm() / without.norm())
 
-    own, values, few = acts.rows.records(), acts.values[acts.site], COUNT // 4
+    own, few = acts.rows.records(), COUNT // 4
+    values = torch.stack([acts.values[site] for site in acts.sites], 1)
     # The first items again, with target and source far on the wrong sides.
     sides = [row for row in own if row["split"] == "train" and row["side"] != "unmoved"]
     far = [row for row in sides if int(row["item"][2:]) < few]
     signs = torch.tensor([-20.0 if row["side"] == "target" else 20.0 for row in far])
-    other = torch.cat([values, signs[:, None].expand(-1, values.shape[1])])
+    other = torch.cat([values, signs[:, None, None].expand(-1, *values.shape[1:])])
     without = edit(own, values)
     light, heavy = (
         edit(
@@ -370,6 +487,22 @@ def test_shape_dtype_and_device_are_kept_and_nothing_happens_in_place(name, k, d
         law_form_is_kept_and_nothing_happens_in_place(part, k, dtype)
 
 
+@pytest.mark.parametrize("name", sorted(ACROSS))
+@both_counts
+@both_dtypes
+def test_what_is_carried_keeps_the_laws_of_rows(name, k, dtype):
+    for _, part in fitted(name, k).interventions.items():
+        law_untouched_rows_keep_their_carry(part, k, dtype)
+        law_a_carry_keeps_its_form_and_nothing_happens_in_place(part, k, dtype)
+        law_neighbours_do_not_matter_to_a_carry(part, k)
+        law_rows_alone_are_refused(part, k)
+
+
+@every_method
+def test_a_method_that_acts_across_sites_says_so(name):
+    assert fitted(name, 1).interventions.across == METHODS[name]["across_sites"]
+
+
 @every_method
 @both_counts
 def test_a_row_does_not_depend_on_its_neighbours(name, k):
@@ -400,19 +533,19 @@ def test_an_invertible_method_has_a_true_inverse_and_log_det(name):
 
 @every_method
 def test_a_fit_follows_from_rows_and_seed(name):
-    law_fit_follows_from_rows_and_seed(brief(name), recording().at(Site(1)))
+    law_fit_follows_from_rows_and_seed(brief(name), alone(name))
 
 
 @every_method
 def test_test_rows_do_not_enter_a_fit(name):
-    law_test_rows_stay_unseen(brief(name), recording())
+    law_test_rows_stay_unseen(brief(name), recording(widths=widths_of(name)))
 
 
 @every_method
 def test_row_weights_count_in_a_fit(name):
-    train, held = recording().at(Site(1)), recording(seed=1, split="validation").at(Site(1))
+    train, held = alone(name), alone(name, seed=1, split="validation")
     acts = Activations(
-        {train.site: torch.cat([train.values[train.site], held.values[train.site]])},
+        {site: torch.cat([train.values[site], held.values[site]]) for site in train.sites},
         Rows.of(train.rows.records() + held.rows.records()),
         train.behaviours,
     )
@@ -421,7 +554,7 @@ def test_row_weights_count_in_a_fit(name):
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method["trained"]])
 def test_another_seed_trains_another_map(name):
-    acts = recording().at(Site(1))
+    acts = alone(name)
     maps = [brief(name).fit(acts, seed=seed) for seed in (0, 1)]
     first, second = (Steering(brief(name), each, acts.behaviours).identity for each in maps)
     assert first != second
@@ -434,14 +567,17 @@ def test_strength_points_from_source_to_target(name):
         law = law_strength_points_from_each_source_to_its_target
     elif METHODS[name]["erases"]:
         law = law_strength_one_makes_the_sides_alike
-    for site, part in fitted(name, 1).interventions.items():
+    for site, part in maps_of(fitted(name, 1).interventions).items():
         law(part, *acts.sides(site))
 
 
 @every_method
 def test_build_makes_what_fit_returns(name):
     steering = fitted(name, 2)
-    empty = steering.steerer.build(WIDTHS, 2, steering.interventions.sizes)
+    widths = widths_of(name)
+    if name in ACROSS:  # what is recorded below is read, not steered
+        widths = {site: part.width for site, part in steering.interventions.items()}
+    empty = steering.steerer.build(widths, 2, steering.interventions.sizes)
     shapes = [
         {n: (t.shape, t.dtype) for n, t in maps.state_dict().items()}
         for maps in (empty, steering.interventions)
@@ -457,7 +593,7 @@ def test_a_fitted_map_asks_for_no_gradient(name):
 @every_method
 def test_a_recording_with_one_side_only_is_refused(name):
     with pytest.raises(InputError):
-        brief(name).fit(recording().where(side="target"))
+        brief(name).fit(recording(widths=widths_of(name)).where(side="target"))
 
 
 @every_method
@@ -525,6 +661,72 @@ class Forgets(Broken):
 
     def displacement(self, h, coef):
         return super().displacement(h, coef) * self.factor
+
+
+class Follows(AcrossSites):
+    """Across sites: hands on what the inputs were along a direction, and moves along it."""
+
+    carry = 2
+
+    def __init__(self, width: int = 7, k: int = 1) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("directions", torch.linspace(-1, 1, k * width).reshape(k, width))
+
+    def read(self, h_in, coef, carry):
+        along = (h_in @ self.directions.to(h_in.dtype).mT).sum(-1)
+        return torch.stack([carry[:, 0] + 0.1 * along, carry[:, 1] + 1], -1)
+
+    def write(self, h_out, coef, carry):
+        moved = coef @ self.directions.to(h_out.dtype) * (1 + carry[:, :1].square())
+        return h_out + moved, carry * 0.5
+
+
+class CarriesZeroRows(Follows):
+    def enter(self, h_in, coef, carry):
+        return self.read(h_in.float(), coef, carry)
+
+
+class WritesZeroRows(Follows):
+    def leave(self, h_out, coef, carry):
+        return super().leave(h_out, coef + 1, carry)[0], super().leave(h_out, coef, carry)[1]
+
+
+class WritesLostRows(Follows):
+    def leave(self, h_out, coef, carry):
+        found = super().leave(h_out, coef, torch.zeros_like(carry))[0]
+        return found, super().leave(h_out, coef, carry)[1]
+
+
+class FindsLostRows(Follows):
+    def enter(self, h_in, coef, carry):
+        asked = (coef != 0).any(-1, keepdim=True)
+        return super().enter(h_in, coef, torch.where(asked, torch.nan_to_num(carry), carry))
+
+
+class CarriesInPlace(Follows):
+    def read(self, h_in, coef, carry):
+        return carry.add_(1)
+
+
+class CarriesHalf(Follows):
+    def enter(self, h_in, coef, carry):
+        return super().enter(h_in, coef, carry).bfloat16()
+
+
+class StartsAtOne(Follows):
+    def start(self, h):
+        return super().start(h) + 1
+
+
+class CarriesNeighbours(Follows):
+    def read(self, h_in, coef, carry):
+        return super().read(h_in, coef, carry) + 1e-4 * torch.nan_to_num(h_in).mean()
+
+
+class AnswersRowsAlone(Follows):
+    def displacement(self, h, coef):
+        return coef @ self.directions
 
 
 @dataclass(frozen=True)
@@ -638,6 +840,50 @@ def test_law_4_catches_a_branch_on_data():
 def test_law_4_catches_autograd():
     with pytest.raises(RuntimeError, match="grad"):
         law_it_compiles_whole_and_runs_in_inference_mode(FollowsAutograd(), 1)
+
+
+def test_a_map_across_sites_keeps_every_law():
+    maps = Interventions({Site(0): Follows(7, 2), Site(2): Follows(7, 2)})
+    chain = Chain(maps)
+    for dtype in (torch.float32, torch.bfloat16):
+        law_untouched_rows_come_back_bit_for_bit(chain, 2, dtype)
+        law_form_is_kept_and_nothing_happens_in_place(chain, 2, dtype)
+        law_untouched_rows_keep_their_carry(maps[Site(2)], 2, dtype)
+        law_a_carry_keeps_its_form_and_nothing_happens_in_place(maps[Site(2)], 2, dtype)
+    law_neighbours_do_not_matter(chain, 2)
+    law_neighbours_do_not_matter_to_a_carry(maps[Site(2)], 2)
+    law_it_compiles_whole_and_runs_in_inference_mode(chain, 2)
+    law_rows_alone_are_refused(maps[Site(2)], 2)
+
+
+@pytest.mark.parametrize(
+    ("broken", "match"),
+    [
+        (CarriesZeroRows(), "untouched row's carry"),
+        (WritesZeroRows(), "untouched row has changed"),
+        (WritesLostRows(), "lost row has changed"),
+        (FindsLostRows(), "lost row was found"),
+    ],
+)
+def test_law_1_catches_a_carry_that_must_stay(broken, match):
+    with pytest.raises(AssertionError, match=match):
+        law_untouched_rows_keep_their_carry(broken, 1, torch.float32)
+
+
+@pytest.mark.parametrize("broken", [CarriesInPlace(), CarriesHalf(), StartsAtOne()])
+def test_law_2_catches_a_carry_in_place_of_another_dtype_and_another_start(broken):
+    with pytest.raises(AssertionError):
+        law_a_carry_keeps_its_form_and_nothing_happens_in_place(broken, 1, torch.bfloat16)
+
+
+def test_law_3_catches_a_carry_that_looks_at_the_neighbours():
+    with pytest.raises(AssertionError, match="neighbour"):
+        law_neighbours_do_not_matter_to_a_carry(CarriesNeighbours(), 1)
+
+
+def test_rows_alone_that_are_answered_are_caught():
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        law_rows_alone_are_refused(AnswersRowsAlone(), 1)
 
 
 def test_law_5_catches_a_tensor_that_is_not_saved(tmp_path, monkeypatch):

@@ -179,16 +179,25 @@ def replay(blocks: Sequence[Block], held: Any) -> Iterator[None]:
         yield
 
 
-def cut_of(sites: Sequence[Site]) -> int:
+def cut_of(sites: Sequence[Site], *, across: bool = False) -> int:
     """The deepest block whose output no edit changes, or changes only after it was computed.
 
-    -1: there is none. An edit inside a block (its attention, its MLP) changes its output.
+    -1: there is none. An edit inside a block (its attention, its MLP) changes its output, and one
+    across sites reads its input, which a block that hands over what was kept does not get.
     """
     if not sites:
         return -1
     lowest = min(site.layer for site in sites)
     inner = any(site.layer == lowest and site.stream != "residual" for site in sites)
-    return lowest - 1 if inner else lowest
+    return lowest - 1 if inner or across else lowest
+
+
+def cut_of_edits(edits: Sequence[Edit]) -> int:
+    """``cut_of`` for all sites of some edits."""
+    return min(
+        (cut_of(one.sites, across=one.across) for one in (e.interventions for e in edits)),
+        default=-1,
+    )
 
 
 def positions_of(mask: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from innsteer.backends.engine import (
     as_text,
     context_of,
     cut_of,
+    cut_of_edits,
     edits_of,
     replay,
     tally,
@@ -155,12 +156,12 @@ class Meter:
         self, edits: Sequence[Edit], kind: Kind, displacement: list[float] | None
     ) -> list[Completion]:
         found: dict[int, Completion] = {}
-        # An edit below the cut changes what was kept.
-        held = cut_of([site for edit in edits for site in edit.interventions]) >= self._cut
+        # An edit below the cut changes what was kept, and one that reads there needs the block.
+        held = cut_of_edits(edits) >= self._cut
         with tally(edits) as trace:
             for part in self._batches:
                 lengths = [self.reference.lengths[i] for i in part.order]
-                late = held and self._late(part, edits)
+                late = self._late(part, edits)
                 start = part.prefix if late else 0
                 attached = Attachment(
                     self.backend.model,

@@ -22,7 +22,7 @@ from innsteer.backends.engine import Engine, context_of, cut_of, replay, tap, wa
 from innsteer.backends.memo import digest
 from innsteer.backends.meter import Reference
 from innsteer.contrast import Contrast, Item
-from innsteer.errors import InputError
+from innsteer.errors import InputError, RefusedError
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
 from innsteer.site import Site
@@ -576,7 +576,12 @@ class Through:
 
         Args:
             coef: ``[batch, k]``. leaf: the hidden states at the cut shall get gradients.
+
+        Raises:
+            RefusedError: a map across sites reads the input of a block that does not run again.
         """
+        if interventions is not None:
+            self._check_input(interventions)
         starts = [self._sequences[number].start for number in numbers]
         own = [start - self._shared for start in starts]
         times = [self._length(number) for number in numbers]
@@ -621,6 +626,19 @@ class Through:
             )
         logits: Tensor = out.logits
         return logits
+
+    def _check_input(self, interventions: Interventions) -> None:
+        """Whether every block runs whose input a map reads."""
+        first = next(iter(interventions)).layer
+        if interventions.across and cut_of(interventions.sites, across=True) < self._cut:
+            raise RefusedError(
+                f"a map that reads the input of block {first}, in a run that keeps what the blocks "
+                f"up to {self._cut} make and does not run them again",
+                expected=f"a run whose lowest site lies below layer {first}",
+                remedy="name the layer below among the run's sites"
+                if first
+                else "leave block 0 alone, or measure it by HF.meter",
+            )
 
     def _cache(self, kept: Tensor, batch: int, before: int) -> DynamicCache:
         """A cache whose upper blocks hold the prefixes; the lower ones, which never look, zeros."""

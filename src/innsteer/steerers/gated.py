@@ -82,7 +82,7 @@ class GatedMethod(Steerer):
                 raise UnknownName(name, getattr(self, name), get_args(kind))
         check_numbers(self.shrinkage, self.quantile, self.room, self.slope)
         inner = self.inner
-        if isinstance(inner, GatedMethod) or inner.across_tokens:
+        if isinstance(inner, GatedMethod) or inner.across_tokens or inner.across_sites:
             raise InputError(
                 f"method={self.method!r} behind a gate",
                 expected="a method that acts on each row by itself and has no gate yet",
