@@ -339,6 +339,14 @@ def test_a_trail_shows_what_happened_to_the_answers_own_tokens(model, ours, suit
         assert trail.displacement == pytest.approx(expected.tolist(), rel=1e-3)
 
 
+def test_a_map_across_sites_is_measured_and_not_drawn(model, suite):
+    steering = tuned(fitting.fit(model, OPEN, "pid"), strength=0.5)
+    found = evaluation.compare(model, {"held": steering}, suite, sizes=SIZES)
+    assert found.figure("held", "neutral_cost").value > 1e-4
+    assert found.clouds == () and found.trails
+    assert any(note.startswith("No scatter of held") for note in found.notes)
+
+
 def test_clouds_hold_the_sides_before_and_after(report):
     assert {cloud.title for cloud in report.clouds} == {
         "one: residual stream at 1.residual",
