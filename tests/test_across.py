@@ -7,10 +7,9 @@ import torch
 from transformers import DynamicCache
 
 import tiny
-from edits import Tracks, bits, edit, hooks_of, padded, positions, seen, shift, tracks
+from edits import Tracks, bits, hooks_of, padded, positions, seen, shift, tracks
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF
-from innsteer.backends.menu import Menu, offered
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast, Item
 from innsteer.errors import InputError, RefusedError
@@ -321,7 +320,7 @@ def test_a_gate_refuses_them(monkeypatch):
         GatedMethod()
 
 
-def test_a_server_refuses_them_on_entry(llama):
-    with pytest.raises(RefusedError, match="'wave', which acts across sites"):
-        Menu([offered("wave", of(tracks(llama)), "1" * 64)])
-    Menu([offered("wave", edit(llama), "1" * 64)])
+def test_what_an_engine_needs_to_know_of_them():
+    maps = Interventions({Site(0): Tracks(4), Site(2): Tracks(4), Site(3): Shift(4)})
+    assert maps.carry == 2 and maps.read_sites == (Site(1),)
+    assert Interventions({Site(3): Shift(4)}).carry == 0

@@ -204,6 +204,20 @@ class Interventions(nn.Module):
         return any(isinstance(part, AcrossSites) for _, part in self.items())
 
     @property
+    def carry(self) -> int:
+        """Columns of what maps across sites hand from block to block; 0 where none does."""
+        return max((p.carry for _, p in self.items() if isinstance(p, AcrossSites)), default=0)
+
+    @property
+    def read_sites(self) -> tuple[Site, ...]:
+        """Where maps across sites find their blocks' inputs: the outputs of the blocks below.
+
+        A block 0 is left out: what it reads is the embeddings, which are no site.
+        """
+        parts = (site for site, part in self.items() if isinstance(part, AcrossSites))
+        return tuple(Site(site.layer - 1) for site in parts if site.layer)
+
+    @property
     def sizes(self) -> dict[str, int]:
         """What data or base model decided, by ``site.name``; ``build`` makes the shapes of it."""
         return {

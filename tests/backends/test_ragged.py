@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from edits import Told
+from edits import Told, Tracks
 from innsteer.backends.menu import Choice, Order
 from innsteer.backends.ragged import Ragged, Seat
 from innsteer.errors import NothingSteeredError, RefusedError
@@ -229,3 +229,96 @@ def test_a_cached_prompt_is_no_context():
     desk.admit("a", order(steered(5), prompt=6))
     with pytest.raises(RefusedError, match="whose prompt did not go by"):
         desk.plan([Seat("a", 4, 2)])
+
+
+# --- across sites --------------------------------------------------------------------------------
+
+
+def climb(desk, h, blocks=4):
+    """What an engine does with blocks that add a row: edits of a site, then reads of the next."""
+    for layer in range(blocks):
+        h = h + torch.linspace(-1, 1, WIDTH) * (layer + 1)
+        for place in desk.places.get(Site(layer), []):
+            rows = place.table.index
+            h = h.index_copy(0, rows, place.steer(h[rows], rows)[0])
+        for place in desk.reads.get(Site(layer), []):
+            rows = place.table.index
+            place.enter(h[rows], rows)
+    return h
+
+
+def by_hand(maps, h, coef, blocks=4):
+    """The same for rows that are all steered alike."""
+    carry, coef = torch.zeros(len(h), 2), torch.full((len(h), 1), coef)
+    for layer in range(blocks):
+        before, h = h, h + torch.linspace(-1, 1, WIDTH) * (layer + 1)
+        if Site(layer) in maps.sites:
+            part = maps[Site(layer)]
+            h, carry = part.leave(h, coef, part.enter(before, coef, carry))
+    return h
+
+
+def tracks(*layers):
+    return Interventions({Site(layer): Tracks(WIDTH, 1, layer) for layer in layers})
+
+
+@pytest.mark.parametrize("layers", [(1, 3), (2,), (1, 2, 3)])
+def test_a_carry_goes_up_the_blocks_and_starts_anew_in_every_pass(layers):
+    maps = tracks(*layers)
+    h, desk = torch.randn(8, WIDTH), ragged(maps)
+    desk.admit("a", order(steered(0, 0.7)))
+    desk.admit("b", order(steered(1, -2.0)))
+    for start, seats in ((0, [Seat("a", 0, 3), Seat("b", 0, 2)]), (5, [Seat("b", 2, 3)])):
+        desk.plan(seats)
+        part = h[start : start + sum(seat.tokens for seat in seats)]
+        got = climb(desk, part)
+        desk.check()
+        if not start:
+            torch.testing.assert_close(got[:3], by_hand(maps, part[:3], 0.7), rtol=0, atol=0)
+            assert torch.equal(got[3], by_hand(maps, part[3:4], 0.0)[0])
+            part, got = part[4:], got[4:]
+        torch.testing.assert_close(got, by_hand(maps, part, -2.0), rtol=0, atol=0)
+
+
+def test_steerings_carry_apart():
+    one, two = tracks(1, 2), tracks(2, 3)
+    desk = ragged(one, two)
+    desk.admit("a", order(steered(0, 0.5)))
+    desk.admit("b", order(steered(0, 0.5, number=1)))
+    desk.plan([Seat("a", 0, 2), Seat("b", 0, 2)])
+    h = torch.randn(4, WIDTH)
+    got = climb(desk, h)
+    torch.testing.assert_close(got[:2], by_hand(one, h[:2], 0.5), rtol=0, atol=0)
+    torch.testing.assert_close(got[2:], by_hand(two, h[2:], 0.5), rtol=0, atol=0)
+
+
+def test_a_block_whose_input_was_not_read_is_noticed():
+    desk = ragged(tracks(1, 2))
+    desk.admit("a", order(steered(0)))
+    desk.plan([Seat("a", 0, 2)])
+    desk.reads[Site(1)].clear()
+    climb(desk, torch.randn(2, WIDTH))
+    with pytest.raises(NothingSteeredError, match="1 of 2 sites"):
+        desk.check()
+
+
+def test_a_row_lost_below_is_counted_and_left_alone():
+    desk = ragged(tracks(1, 2))
+    desk.admit("a", order(steered(0), receipt="r"))
+    desk.plan([Seat("a", 0, 2)])
+    rows, h = desk.tables[0].index, torch.randn(2, WIDTH)
+    first, second = (desk.places[Site(layer)][0] for layer in (1, 2))
+    first.enter(torch.tensor([[1.0, float("inf"), 0, 0], [1.0, 0, 0, 0]]), rows)
+    assert torch.equal(first.steer(h, rows)[0][0], h[0])
+    second.enter(h, rows)
+    assert torch.equal(second.steer(h, rows)[0][0], h[0])
+    tally = desk.take("r")[0]
+    assert (tally.touched, tally.edited, tally.nonfinite) == (2, 1, 2)
+
+
+def test_embeddings_are_not_read_and_cleared_maps_read_nothing():
+    desk = ragged(tracks(1, 2))
+    with pytest.raises(RefusedError, match="input of block 0"):
+        desk.add(tracks(0, 1), 1)
+    desk.clear()
+    assert not any(desk.reads.values()) and not any(desk.places.values())

@@ -128,7 +128,7 @@ class Menu:
 
     Raises:
         InputError: a name that no request could say, or one that is given twice.
-        RefusedError: a steering that reads prompts and would steer them, or acts across sites.
+        RefusedError: a steering that reads prompts and would steer them.
     """
 
     def __init__(self, dishes: Sequence[Dish] = ()) -> None:
@@ -153,13 +153,6 @@ class Menu:
             raise RefusedError(
                 f"scope {dish.where} for a steering that reads the prompt",
                 expected="scope 'generated': what is read must stand before what is steered",
-            )
-        if dish.interventions.across:
-            raise RefusedError(
-                f"steering {dish.name!r}, which acts across sites",
-                expected="one that edits each site by its own rows: here nothing is carried from "
-                "block to block",
-                remedy="steer by it with the hf backend (Steering.on, innsteer generate)",
             )
         for name in dish.asked_as:
             if [part.name for part in mixes.parse(name)] != [name] or name in self.names:

@@ -17,7 +17,7 @@ from torch import Tensor
 from innsteer.backends.menu import Order
 from innsteer.errors import NothingSteeredError, RefusedError
 from innsteer.site import Site, before
-from innsteer.steerer import Intervention, Interventions
+from innsteer.steerer import AcrossSites, Intervention, Interventions
 
 SLOTS = 16384
 """Receipts that wait to be taken at most, 16 bytes each per site; the oldest then gives way."""
@@ -59,6 +59,7 @@ class Table:
             each row; 0 = none. index: the steered rows.
         source: ``[capacity]``, whose context a row reads. share: ``[capacity]``, 1 / its tokens.
         window: rows that belong to contexts. reader: whose context each of those belongs to.
+        carry: ``[capacity, c]``, what maps across sites hand from block to block.
     """
 
     coef: Tensor
@@ -68,6 +69,7 @@ class Table:
     index: Tensor
     window: Tensor
     reader: Tensor
+    carry: Tensor
     filled: int = 0
 
 
@@ -79,19 +81,29 @@ class Place:
         counts: ``[slots, 4]``: rows that reached it, rows edited, their summed relative
             displacement, rows that were not finite. Slot 0 is nobody's.
         sums: ``[readers, d]``, contexts as they are gathered; None: the map reads none.
-        passes: how often it ran.
+        first: whether it is the lowest of maps across sites, whose carry starts at zeros.
+        passes: how often it ran. entered: how often it read its block's input.
     """
 
     part: Intervention
     table: Table
     counts: Tensor
     sums: Tensor | None = None
+    first: bool = False
     passes: int = 0
+    entered: int = 0
 
     def gather(self, h: Tensor) -> None:
         """Add rows of contexts, ``h`` being those of ``table.window``, before they are edited."""
         if self.sums is not None:
             self.sums.index_add_(0, self.table.reader, h.float())
+
+    def enter(self, h: Tensor, rows: Tensor | slice) -> None:
+        """Read rows ``[n, d]`` of the block's input, which is the block below's edited output."""
+        assert isinstance(self.part, AcrossSites)
+        carry = self.part.start(h) if self.first else self.table.carry[rows]
+        self.table.carry[rows] = self.part.enter(h, self.table.coef[rows], carry).float()
+        self.entered += 1
 
     def steer(self, h: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
         """New values of rows ``[n, d]``, and which of them may differ from the old ones ``[n]``."""
@@ -99,7 +111,14 @@ class Place:
         if self.sums is not None:
             context = self.sums[self.table.source[rows]] * self.table.share[rows].unsqueeze(-1)
             finite = finite & torch.isfinite(context).all(-1)
-        new: Tensor = self.part(h, coef, context)
+        new: Tensor
+        if isinstance(self.part, AcrossSites):
+            carry = self.table.carry[rows]
+            finite = finite & torch.isfinite(carry).all(-1)
+            new, left = self.part.leave(h, coef, carry)
+            self.table.carry[rows] = left.float()
+        else:
+            new = self.part(h, coef, context)
         asked = (coef != 0).any(-1)
         touched = asked & finite
         before, after = h.float(), new.float()
@@ -150,6 +169,7 @@ class Ragged:
 
     Attributes:
         places: the maps of each site, in the order of application. batch: of the latest pass.
+        reads: the maps across sites that read each site, their block's input, once it is edited.
     """
 
     def __init__(
@@ -159,22 +179,35 @@ class Ragged:
         self.readers = 2 * requests + 1
         self.tables: list[Table] = []
         self.places: dict[Site, list[Place]] = {}
+        self.reads: dict[Site, list[Place]] = {}
         self._places: list[list[Place]] = []
         self._guests: dict[str, _Guest] = {}
         self._receipts: dict[str, _Receipt] = {}
         self._free = list(range(1, slots))
-        self._due: list[tuple[Place, int]] = []
+        self._due: list[tuple[Place, int, int]] = []
         self.batch: Sequence[Seat] = ()
 
     # --- steerings -------------------------------------------------------------------------------
 
     def add(self, interventions: Interventions, k: int) -> None:
-        """One more steering of k behaviours, applied after those before; it goes to the device."""
+        """One more steering of k behaviours, applied after those before; it goes to the device.
+
+        Raises:
+            RefusedError: a map across sites at block 0.
+        """
+        across = [site for site, p in interventions.items() if isinstance(p, AcrossSites)]
+        if across and not across[0].layer:
+            raise RefusedError(
+                "a map that reads the input of block 0",
+                expected="one that reads outputs of blocks: here the embeddings are not seen",
+                remedy="fit it without block 0, or steer by it with the hf backend",
+            )
         long = torch.zeros(self.capacity, dtype=torch.long, device=self.device)
         share = torch.zeros(self.capacity, device=self.device)
         coef = torch.zeros(self.capacity, k, device=self.device)
         none = long[:0]
-        table = Table(coef, long.clone(), long.clone(), share, none, none, none)
+        carry = torch.zeros(self.capacity, interventions.carry, device=self.device)
+        table = Table(coef, long.clone(), long.clone(), share, none, none, none, carry)
         places = []
         for site, part in interventions.to(self.device).items():
             sums = torch.zeros(self.readers, part.width, device=self.device)
@@ -182,6 +215,9 @@ class Ragged:
             place = Place(part, table, counts, sums if part.contextual else None)
             self.places.setdefault(site, []).append(place)
             places.append(place)
+            if site in across:
+                place.first = site == across[0]
+                self.reads.setdefault(Site(site.layer - 1), []).append(place)
         self.tables.append(table)
         self._places.append(places)
 
@@ -190,7 +226,7 @@ class Ragged:
         self.tables, self._places, self._due = [], [], []
         self._guests, self._receipts = {}, {}
         self._free = list(range(1, self.slots))
-        for places in self.places.values():
+        for places in (*self.places.values(), *self.reads.values()):
             places.clear()
 
     # --- a pass ----------------------------------------------------------------------------------
@@ -226,7 +262,7 @@ class Ragged:
         for number, table in enumerate(self.tables):
             self._fill(table, runs[number], windows[number], row)
         acting = [places for places, mine in zip(self._places, runs, strict=True) if mine]
-        self._due = [(place, place.passes) for places in acting for place in places]
+        self._due = [(one, one.passes, one.entered) for places in acting for one in places]
 
     def idle(self) -> None:
         """What runs next is no request's: nothing is steered."""
@@ -238,9 +274,13 @@ class Ragged:
         """After a pass, before any text of it is given out: every site that was due has run.
 
         Raises:
-            NothingSteeredError: one has not.
+            NothingSteeredError: one has not, or has not read its block's input.
         """
-        missed = sum(place.passes == passes for place, passes in self._due)
+        missed = sum(
+            place.passes == passes
+            or (isinstance(place.part, AcrossSites) and place.entered == entered)
+            for place, passes, entered in self._due
+        )
         if missed:
             raise NothingSteeredError(
                 f"a pass in which {missed} of {len(self._due)} sites to be steered did not run",

@@ -78,11 +78,28 @@ def reader(seed=0):
     return method, found
 
 
+def controller(seed=0):
+    """A controller up blocks 1 to 3, of random numbers."""
+    method = get("pid", kp=0.3, ki=0.2, kd=0.3, reset=2)
+    found = method.build({Site(layer): tiny.WIDTH for layer in (1, 2, 3)})
+    draw = torch.Generator().manual_seed(seed)
+    for _, part in found.items():
+        drawn = torch.randn(1, tiny.WIDTH, generator=draw)
+        part.directions.copy_(drawn / drawn.norm())
+        part.centres.copy_(torch.randn(1, tiny.WIDTH, generator=draw))
+        part.levels.copy_(torch.tensor([4.0]))
+    return method, found
+
+
 def steerings():
-    """One of each kind: a shift of two behaviours, a flow, one of every token, one of a context."""
+    """One of each kind: a shift of two behaviours, a flow, one of every token, one of a context.
+
+    And one across sites.
+    """
     plain = get("diffmean")
     method, network = flow()
     reading, shear = reader()
+    holding, loop = controller()
     one = Steering(plain, shift(Site(1), Site(3), k=2), ("wealth", "power"))
     return {
         "both": one,
@@ -94,6 +111,7 @@ def steerings():
             one, interventions=shift(Site(2), seed=2), behaviours=("b",), where=Where("prompt")
         ),
         "told": Steering(reading, shear, ("b",)),
+        "held": Steering(holding, loop, ("b",)),
     }
 
 

@@ -3,14 +3,14 @@
 import pytest
 import torch
 
-from edits import edit, told
+from edits import edit, told, tracks
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast, Item
 from innsteer.errors import NothingSteeredError
 from innsteer.interventions import Edit
 from innsteer.models import Encoded
-from innsteer.site import Site
+from innsteer.site import Site, Where
 
 TEXTS = ["Hello, you", "Is seven odd? " * 12, "No."]
 PROMPTS = [Prompt(str(n), text, (" Yes", " No, never")) for n, text in enumerate(TEXTS)]
@@ -61,6 +61,23 @@ def test_both_engines_score_and_answer_alike(backends, model, name):
     said, expected = (backend.generate(PROMPTS, which, sampling) for backend in (vllm, hf))
     for mine, other in zip(said, expected, strict=True):
         assert (mine.text, mine.tokens, mine.steered) == (other.text, other.tokens, other.steered)
+
+
+def test_both_engines_carry_alike(backends, model):
+    """Three edits, two of them across sites, at strengths of their own and over another's edits."""
+    which = [
+        edit(model, 0.2),
+        Edit(tracks(model, Site(1), Site(3)), torch.tensor([[0.5], [0.0], [-0.3]])),
+        Edit(tracks(model, Site(2), seed=7), torch.tensor([0.2]), Where("all")),
+    ]
+    ours, theirs = (backend.score(PROMPTS, which) for backend in backends)
+    plain = backends[1].score(PROMPTS, which[:1])
+    for mine, other, without in zip(ours, theirs, plain, strict=True):
+        for one, two, three in zip(mine, other, without, strict=True):
+            assert one == pytest.approx(two, abs=2e-4)
+            assert one != pytest.approx(three, abs=2e-2)
+    said, expected = (backend.generate(PROMPTS, which, Sampling(6)) for backend in backends)
+    assert [(one.text, one.steered) for one in said] == [(c.text, c.steered) for c in expected]
 
 
 @pytest.mark.parametrize("read", ["last", "mean", "all"])

@@ -28,6 +28,8 @@ MIXES = [
     "early@0.5",
     "told@1",
     "flow@0.5+ever@-0.2",
+    "held@1",
+    "ever@0.3+held@-0.7",
 ]
 
 
@@ -245,7 +247,7 @@ def test_a_second_turn_is_steered_as_if_nothing_were_cached(llm):
     assert new(ask(llm, [turn], ["flow@1"])[0])[1] == pytest.approx(cached, abs=ROUNDING)
 
 
-@pytest.mark.parametrize("mix", ["flow@1", "ever@0.3", "told@1", "early@0.5"])
+@pytest.mark.parametrize("mix", ["flow@1", "ever@0.3", "told@1", "early@0.5", "held@1"])
 def test_a_request_put_off_and_resumed_answers_as_before(llm, mix):
     from vllm import SamplingParams
 
@@ -272,7 +274,10 @@ def test_a_request_put_off_and_resumed_answers_as_before(llm, mix):
     assert new(output)[0] == expected[0]
     assert new(output)[1] == pytest.approx(expected[1], abs=ROUNDING)
     number, tally = desk(llm).receipt(name)[0]
-    assert tally["touched"] == {"flow@1": 12, "told@1": 12, "ever@0.3": 211, "early@0.5": 199}[mix]
+    assert (
+        tally["touched"]
+        == {"flow@1": 12, "told@1": 12, "ever@0.3": 211, "early@0.5": 199, "held@1": 12}[mix]
+    )
 
 
 # --- receipts, refusals --------------------------------------------------------------------------
@@ -324,6 +329,34 @@ def test_a_pass_whose_site_does_not_run_gives_out_nothing(llm, monkeypatch):
         llm.llm_engine.abort_request([request], internal=True)
     runner = core(llm).model_executor.driver_worker.worker.model_runner
     runner.execute_model_state = None
+
+
+def test_a_pass_in_which_a_blocks_input_is_not_read_gives_out_nothing(llm, monkeypatch):
+    from innsteer.backends.vllm_plugin import op
+
+    monkeypatch.setitem(op.READS, desk(llm).keys[1], [])
+    with pytest.raises(NothingSteeredError, match="1 of 3 sites"):
+        ask(llm, [ids(12)], ["held@1"])
+    for request in list(core(llm).scheduler.requests):
+        llm.llm_engine.abort_request([request], internal=True)
+    runner = core(llm).model_executor.driver_worker.worker.model_runner
+    runner.execute_model_state = None
+
+
+def test_a_steering_whose_inputs_the_engine_does_not_see_is_refused(llm, served, monkeypatch):
+    from innsteer.backends.vllm_plugin import server, settings
+
+    config = server.configuration({"held": served[0]["held"]["folder"]})
+    assert config["layers"] == [0, 1, 2, 3]
+    own = desk(llm)
+    (dish,) = [one for one in settings.menu({"steerings": served[0]}).dishes if one.name == "held"]
+    with monkeypatch.context() as patch:
+        patch.delitem(own.keys, 0)
+        with pytest.raises(RefusedError, match="'held', which reads the output of block 0"):
+            own.add(dish)
+    monkeypatch.setattr(own, "_pipeline", True)
+    with pytest.raises(RefusedError, match="'held', which acts across sites, under pipeline"):
+        own.add(dish)
 
 
 def test_a_vllm_that_moved_a_name_is_refused():

@@ -22,7 +22,7 @@ if __name__ == "__main__":
         folder, dtype="float32", max_model_len=512, max_num_seqs=8, max_num_batched_tokens=128,
         num_gpu_blocks_override=32, additional_config={"innsteer": config}, **how,
     )
-    mixes = ["", "flow@1", "both.wealth@-1+ever@0.3", "told@1", "early@0.5", ""]
+    mixes = ["", "flow@1", "both.wealth@-1+ever@0.3", "told@1", "early@0.5", "held@1", ""]
     params = [
         SamplingParams(
             max_tokens=6, temperature=0, ignore_eos=True, logprobs=0,

@@ -16,6 +16,13 @@ from innsteer.errors import LayoutError
 PLACES: dict[str, list[Place]] = {}
 """Key of an operation -> the places of its site, in the order in which they are applied."""
 
+READS: dict[str, list[Place]] = {}
+"""Key of an operation -> the places that read its site when it is edited: the next block's input.
+
+Read here and not before the next block, because an operation that changes nothing would be dropped
+from a compiled graph.
+"""
+
 SEEN: dict[str, Callable[[Tensor], None]] = {}
 """Key of an operation -> who gets what it is given, before it is steered."""
 
@@ -43,6 +50,10 @@ def steer_split(hidden: Tensor, residual: Tensor, key: str) -> None:
             keep = touched.unsqueeze(-1)
             residual[rows] = torch.where(keep, new, residual[rows])
             hidden[rows] = hidden[rows].masked_fill(keep, 0)
+    for place in READS[key]:
+        rows = _rows(place, hidden)
+        if rows is not None:
+            place.enter(hidden[rows] + residual[rows], rows)
 
 
 def steer_whole(hidden: Tensor, key: str) -> None:
@@ -56,6 +67,10 @@ def steer_whole(hidden: Tensor, key: str) -> None:
         if rows is not None:
             new, _ = place.steer(hidden[rows], rows)
             hidden[rows] = new
+    for place in READS[key]:
+        rows = _rows(place, hidden)
+        if rows is not None:
+            place.enter(hidden[rows], rows)
 
 
 def attach(layer: nn.Module, key: str) -> torch.utils.hooks.RemovableHandle:

@@ -35,7 +35,8 @@ def configuration(folders: Mapping[str, str | Path], untested: bool = False) -> 
         for name, steering in loaded.items()
     }
     Menu.load(entries)
-    layers = {site.layer for one in loaded.values() for site in one.interventions}
+    maps = [steering.interventions for steering in loaded.values()]
+    layers = {site.layer for one in maps for site in (*one, *one.read_sites)}
     return {"steerings": entries, "layers": sorted(layers), "untested": untested}
 
 

@@ -59,6 +59,7 @@ class Desk:
         self._graphs = bool(vllm_config.compilation_config.cudagraph_mode) and (
             worker.device.type == "cuda"
         )
+        self._pipeline = vllm_config.parallel_config.pipeline_parallel_size > 1
         scheduler = vllm_config.scheduler_config
         self.ragged = Ragged(
             scheduler.max_num_batched_tokens, scheduler.max_num_seqs, worker.device
@@ -69,6 +70,7 @@ class Desk:
         self.keys = {layer: f"{whole}.{layer}" for layer in config["layers"]}
         for layer, key in self.keys.items():
             op.PLACES[key] = self.ragged.places.setdefault(Site(layer), [])
+            op.READS[key] = self.ragged.reads.setdefault(Site(layer), [])
             op.attach(self._blocks[layer], key)
         for dish in settings.menu(config).dishes:
             self.add(dish)
@@ -89,6 +91,17 @@ class Desk:
                     f"{self._width}",
                     remedy="it was fitted on another model; fit it on this one",
                 )
+        if missing := [s for s in dish.interventions.read_sites if s.layer not in self.keys]:
+            raise RefusedError(
+                f"steering {dish.name!r}, which reads the output of block {missing[0].layer}",
+                expected="an engine whose configured layers hold that one too",
+                remedy="start it by innsteer serve, which names all layers",
+            )
+        if dish.interventions.across and self._pipeline:
+            raise RefusedError(
+                f"steering {dish.name!r}, which acts across sites, under pipeline parallelism",
+                expected="all blocks in one process: nothing is carried to another",
+            )
         if dish.interventions.contextual and self._graphs:
             raise RefusedError(
                 f"steering {dish.name!r}, which reads prompts, in CUDA graphs",
