@@ -116,7 +116,7 @@ def test_steered_rows_of_every_form_of_output_change_and_no_others(form):
     table.add(shift(Site(0)), 1)
     table.admit("steered", Order((Choice(0, (0.5,), ((0, None),)),), 1, ""))
     table.plan([Seat("steered", 0, 1), Seat("plain", 0, 4)])
-    op.PLACES[form] = table.places[Site(0)]
+    op.PLACES[form], op.READS[form] = table.places[Site(0)], []
     h = torch.randn(5, tiny.WIDTH, generator=torch.Generator().manual_seed(0))
 
     class Layer(torch.nn.Module):
