@@ -10,10 +10,10 @@ HOUSE = Path(__file__).resolve().parents[1] / "src" / "innsteer"
 
 # From the ground up; each knows those before it. ``__init__`` is the door, not a room.
 ROOMS = """
-    errors mixes files site groups formats contrast audit activations fingerprint layout smollm2
-    models flows shelf steerer readouts interventions gating shears training batches hooks steerers
-    calibration steering backends metrics suites fitting planning tuning choosing exchange hub
-    interference figures statistics pages standings report judging evaluation comparing
+    errors control mixes files site groups formats contrast audit activations fingerprint layout
+    smollm2 models flows shelf steerer readouts interventions gating shears training batches hooks
+    steerers calibration steering backends metrics suites fitting planning tuning choosing exchange
+    hub interference figures statistics pages standings report judging evaluation comparing
     integrations demo doctor completing cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
