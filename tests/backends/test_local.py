@@ -1,0 +1,277 @@
+"""Jacobians of blocks at one token: against finite differences, autograd and the authors' own."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from innsteer.backends.hf import HF
+from innsteer.backends.local import Local, Read, mean_jacobians, mean_products, opened
+from innsteer.backends.memo import Memo
+from innsteer.contrast import Contrast
+from innsteer.errors import InputError, LayoutError
+from innsteer.models import LanguageModel
+from innsteer.site import Site
+from tiny import ARCHITECTURES, tiny_language_model, tiny_tokenizer
+
+LAYERS = (Site(0), Site(1), Site(2))
+
+
+def texts(*lengths: int, seed: int = 0) -> list[Read]:
+    """Random ids above the special ones."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(4, 260, (n,), generator=draw).tolist() for n in lengths]
+    return [Read(tuple(ids), len(ids), {"weight": 1.0}) for ids in rows]
+
+
+def through_one_block(model: LanguageModel, ids: Tensor, block: int, x: Tensor) -> Tensor:
+    """A block's output at the last token, where its input there is x: the whole text runs."""
+
+    def put(_, args):
+        return (torch.cat([args[0][:, :-1], x[None, None]], 1), *args[1:])
+
+    handle = model.layout.blocks[block].module.register_forward_pre_hook(put)
+    try:
+        with opened(model.layout, [block]) as seen:
+            model.model.base_model(ids[None], use_cache=False)
+    finally:
+        handle.remove()
+    return seen[block].gave[0, -1]
+
+
+def at_last(model: LanguageModel, ids: Tensor, block: int) -> Tensor:
+    """A block's input at the last token."""
+    with torch.no_grad(), opened(model.layout, [block]) as seen:
+        model.model.base_model(ids[None], use_cache=False)
+    return seen[block].given[0, -1].clone()
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """float64 in norms too, which models compute in float32 whatever their own type."""
+    for name in ("float32", "float"):
+        monkeypatch.setattr(torch, name, torch.float64)
+    monkeypatch.setattr(Tensor, "float", Tensor.double)
+
+
+@pytest.mark.parametrize("kind", sorted(ARCHITECTURES))
+def test_a_jacobian_is_that_of_the_whole_text_by_structure(kind, double):
+    """The whole text is run again for every column, so that no kept key or value can hide."""
+    model = tiny_language_model(kind)
+    model.model.double()
+    if "moe" in kind:
+        model.model.set_experts_implementation("eager")  # grouped products know no float64
+    (text,) = texts(11)
+    ids, blocks = torch.tensor(text.ids), (0, 1, 2)
+    found = mean_jacobians(HF(model), [text], blocks)
+    assert all(matrix.dtype == torch.float64 for matrix in found.values())
+    for block in blocks:
+        x = at_last(model, ids, block)
+        for column in (0, 17):
+            step = torch.zeros_like(x)
+            step[column] = 1e-5 * x.norm()
+            with torch.no_grad():
+                far, near = (
+                    through_one_block(model, ids, block, x + way * step) for way in (1, -1)
+                )
+            slope = (far - near) / (2 * step[column])
+            torch.testing.assert_close(found[block][:, column], slope, rtol=1e-6, atol=1e-6)
+
+
+def test_texts_of_all_lengths_are_meaned_by_their_weights():
+    engine, rows = HF(tiny_language_model()), texts(3, 12, 7, 2, 9, 5, 4, 8, 6, 30, 11)
+    for n, text in enumerate(rows):
+        text.record["weight"] = 1.0 + n % 3
+    together = mean_jacobians(engine, rows, [1])[1]
+    total = sum(text.record["weight"] for text in rows)
+    alone = sum(mean_jacobians(engine, [r], [1])[1] * (r.record["weight"] / total) for r in rows)
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    plain = sum(mean_jacobians(engine, [r], [1])[1] for r in rows) / len(rows)
+    assert (together - plain).norm() > 1e-3 * plain.norm()
+
+
+def test_products_from_both_sides_are_those_of_the_jacobian():
+    engine, rows = HF(tiny_language_model("gemma2")), texts(6, 9, 14)
+    looks = torch.randn(5, 32, generator=torch.Generator().manual_seed(1))
+    matrix = mean_jacobians(engine, rows, [2])[2]
+    left, right = (
+        mean_products(engine, rows, {2: looks}, side=side)[2] for side in ("left", "right")
+    )
+    torch.testing.assert_close(left, looks @ matrix, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(right, looks @ matrix.mT, rtol=1e-4, atol=1e-4)
+
+
+def official(folder, **more) -> tuple[LanguageModel, dict[str, Tensor]]:
+    """The tiny model of the authors' case and its tensors."""
+    known = load_file(folder / "goldens" / "a-lqr" / "case-tiny-llama.safetensors")
+    sizes = {
+        "hidden_size": 24,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "intermediate_size": 32,
+        "vocab_size": 50,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    model = LlamaForCausalLM(LlamaConfig(**sizes, **more))
+    own = {name[3:]: part for name, part in known.items() if name.startswith("sd.")}
+    model.load_state_dict(own, strict=True)
+    model.eval().requires_grad_(False)
+    return LanguageModel.wrap(model, tiny_tokenizer(), name="official"), known
+
+
+def test_jacobians_and_their_mean_are_the_authors(shared):
+    model, known = official(shared)
+    rows = [Read(tuple(ids), len(ids), {"weight": 1.0}) for ids in known["ids_jac"].tolist()]
+    for name, some in (("A_prompt0", rows[:1]), ("A_mean", rows)):
+        found = mean_jacobians(HF(model), some, range(4))
+        matrix = torch.stack([found[block] for block in range(4)])
+        torch.testing.assert_close(matrix, known[name], rtol=0, atol=1e-4)
+    # Their low-memory path sums over the positions; ours must not.
+    assert (matrix - known["A_streamed_prompt0"]).abs().max() > 0.1
+
+
+# --- what a fit asks -----------------------------------------------------------------------------
+
+
+def contrast(count: int = 12) -> Contrast:
+    """Choices, both sides under one prompt."""
+    rows = [
+        {"prompt": f"Is {n} even?", "chosen": "Yes", "rejected": "No", "weight": 1 + n % 2}
+        for n in range(count)
+    ]
+    return Contrast.load(rows, behaviour="even", seed=0)
+
+
+def test_rows_are_what_goes_into_the_blocks_and_hold_the_edits_below():
+    engine, own = HF(tiny_language_model()), contrast()
+    run = Local(engine, [own], LAYERS)
+    acts, outputs = run.rows(), engine.record(own, LAYERS, read="last")
+    assert acts.rows.records() and set(acts.sites) == set(LAYERS)
+    for side in (0, 1):
+        for below, site in ((Site(0), Site(1)), (Site(1), Site(2))):
+            sides = [
+                a.where(split="train").sides(at)[side] for a, at in ((acts, site), (outputs, below))
+            ]
+            torch.testing.assert_close(*sides, rtol=1e-5, atol=1e-5)
+    shift = innsteer_shift(Site(0))
+    moved = run.rows(shift)
+    torch.testing.assert_close(moved.values[Site(0)], acts.values[Site(0)], rtol=0, atol=0)
+    gap = moved.values[Site(1)] - acts.values[Site(1)]
+    torch.testing.assert_close(gap, torch.full_like(gap, 0.5), rtol=0, atol=1e-5)
+
+
+def innsteer_shift(site: Site):
+    from innsteer.interventions import Shift
+    from innsteer.steerer import Interventions
+
+    part = Shift(32)
+    part.shifts.fill_(0.5)
+    return Interventions({site: part})
+
+
+def test_lone_prompts_are_read_before_any_answer():
+    rows = [
+        {
+            "prompt": f"Do {n}.",
+            "completion": f"No {n}!" if n % 2 else f"Yes, {n} it is.",
+            "label": n % 2,
+        }
+        for n in range(12)
+    ]
+    engine, own = HF(tiny_language_model()), Contrast.load(rows, behaviour="refusal", seed=0)
+    acts = Local(engine, [own], [Site(1)]).rows()
+    before = engine.record(own, [Site(0)], read="span", span=(-1, 0))
+    for one, other in zip(acts.sides(Site(1)), before.sides(Site(0)), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_low_rank_map_is_as_good_as_its_error_says_and_exact_at_full_rank():
+    run = Local(HF(tiny_language_model()), [contrast()], LAYERS)
+    exact = run.jacobian(1, prompts=4)
+    whole = run.low_rank(1, 32, prompts=4)
+    torch.testing.assert_close(whole.dense(), exact, rtol=1e-3, atol=1e-4)
+    assert whole.error < 1e-3
+    few = run.low_rank(1, 8, prompts=4)
+    missing = (few.dense() - exact).norm() / (exact - torch.eye(32)).norm()
+    assert 0.05 < few.error < 1 and abs(few.error - missing) < 0.3 * missing
+    best = torch.linalg.svdvals(exact - torch.eye(32))
+    assert missing <= 1.2 * best[8:].norm() / best.norm()
+    assert few.left.shape == (32, 8) and few.right.shape == (8, 32)
+    torch.testing.assert_close(run.jacobian(1, prompts=4, rank=8), few.dense())
+
+
+def test_texts_are_drawn_by_the_seed_from_the_targets_of_the_training_part():
+    own = contrast(30)
+    run = Local(HF(tiny_language_model()), [own], [Site(1)])
+    drawn = run._drawn(4, 0)
+    train = {item.id for item in own.train.items}
+    assert {t.record["item"] for t in drawn} <= train and len(drawn) == 4
+    assert {t.record["side"] for t in drawn} == {"target"}
+    assert drawn == run._drawn(4, 0) != run._drawn(4, 1)
+    assert not torch.equal(run.jacobian(1, prompts=4), run.jacobian(1, prompts=4, seed=1))
+
+
+def test_an_interrupted_fit_goes_on_from_the_blocks_that_are_done(tmp_path):
+    memo = Memo(tmp_path / "memo")
+    first = Local(HF(tiny_language_model(), memo=memo), [contrast()], LAYERS).jacobian(1)
+    made = memo.made
+    again = Memo(tmp_path / "memo")
+    run = Local(HF(tiny_language_model(), memo=again), [contrast()], LAYERS)
+    assert torch.equal(run.jacobian(1), first) and torch.equal(run.jacobian(2), run.jacobian(2))
+    assert made > 0 and again.made == 0, "the neighbours were done with it"
+
+
+def test_a_pass_leaves_model_and_gradients_as_they_were():
+    model = tiny_language_model()
+    ids = torch.tensor([texts(7)[0].ids])
+    before = model.model(ids).logits
+    mean_jacobians(HF(model), texts(5, 6), [0, 3])
+    assert torch.equal(model.model(ids).logits, before)
+    assert all(parameter.grad is None for parameter in model.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda run: run.jacobian(3), "block 3"),
+        (lambda run: run.jacobian(1, prompts=0), "over 0 texts"),
+        (lambda run: run.jacobian(1, rank=33), "rank=33"),
+    ],
+)
+def test_what_cannot_be_asked_is_refused(call, match):
+    with pytest.raises(InputError, match=match):
+        call(Local(HF(tiny_language_model()), [contrast()], LAYERS))
+
+
+@pytest.mark.parametrize(
+    ("contrasts", "sites", "match"),
+    [
+        ([], LAYERS, "none"),
+        ([contrast(), contrast()], LAYERS, "even, even"),
+        ([contrast()], [], "none"),
+        ([contrast()], [Site(1, "mlp")], "1.mlp"),
+        ([contrast()], [Site(9)], "layer 9"),
+    ],
+)
+def test_a_run_that_makes_no_sense_is_refused(contrasts, sites, match):
+    with pytest.raises(InputError, match=match):
+        Local(HF(tiny_language_model()), contrasts, sites)
+
+
+def test_a_block_that_cannot_be_differentiated_is_refused_by_name(monkeypatch):
+    model = tiny_language_model()
+    mlp = model.layout.blocks[1].mlp
+    whole = mlp.forward
+    monkeypatch.setattr(mlp, "forward", lambda h: whole(h.detach()))
+    attention = model.layout.blocks[1].module
+    own = attention.forward
+    monkeypatch.setattr(attention, "forward", lambda h, **how: own(h.detach(), **how))
+    with pytest.raises(LayoutError, match="block 1 cannot be linearised"):
+        mean_jacobians(HF(model), texts(5), [1])
