@@ -24,6 +24,7 @@ from innsteer import __version__, metrics, shelf
 from innsteer.activations import Activations
 from innsteer.backends.base import Completion, Progress, Sampling, silent
 from innsteer.backends.hf import HF, Meter
+from innsteer.backends.local import Local
 from innsteer.backends.lora import LoRA, LoRATraining
 from innsteer.backends.through import Through
 from innsteer.calibration import BUDGET
@@ -32,7 +33,14 @@ from innsteer.errors import BudgetError, InputError, UnknownName
 from innsteer.evaluation import Arm, require_scorer
 from innsteer.figures import PLAIN, PROMPT_ONLY, RANDOM
 from innsteer.files import canonical, read_json, write_json
-from innsteer.fitting import fit_rows, fit_run, own_sites, record_parts, through
+from innsteer.fitting import (
+    fit_rows,
+    fit_run,
+    linearised,
+    own_sites,
+    record_parts,
+    through,
+)
 from innsteer.interventions import Edit, Shift
 from innsteer.metrics.base import Score
 from innsteer.models import LanguageModel
@@ -556,6 +564,7 @@ class _Task:
         self._neutral = neutral  # those that all tasks share
         self._rows: dict[tuple[Input, tuple[Site, ...]], tuple[Activations, float]] = {}
         self._runs: dict[tuple[tuple[Site, ...], bool], tuple[Through, float]] = {}
+        self._chains: dict[tuple[Site, ...], tuple[Local, float]] = {}
 
     # What is unsteered, kept ------------------------------------------------------------------
 
@@ -583,6 +592,15 @@ class _Task:
             run = through(self.backend, self.contrast, sites, reworded=reworded)
             self._runs[sites, reworded] = run, time.perf_counter() - started
         return self._runs[sites, reworded]
+
+    def _chain(self, sites: tuple[Site, ...]) -> tuple[Local, float]:
+        """The model as a chain of linear blocks, and the seconds of its rows."""
+        if sites not in self._chains:
+            started = time.perf_counter()
+            chain = linearised(self.backend, self.contrast, sites)
+            chain.rows()
+            self._chains[sites] = chain, time.perf_counter() - started
+        return self._chains[sites]
 
     def _meter(self, name: str, sites: tuple[Site, ...]) -> Meter:
         """A meter by its name; cut at the lowest of some sites."""
@@ -697,7 +715,11 @@ class _Task:
             took = time.perf_counter() - started
             return _Fit(_scaled(lora), (), _size(lora.weights), took, seconds, peak, lora.remove)
         steerer = contender.steerer
-        if contender.input == "model" and ("model" in steerer.needs or steerer.rewords):
+        if "jacobians" in steerer.needs:
+            chain, seconds = self._chain(sites)
+            with Peak(self.backend.model.device) as peak:
+                made = fit_run(self.backend, steerer, chain, self.contrast, seed=cell.seed)
+        elif contender.input == "model" and ("model" in steerer.needs or steerer.rewords):
             run, seconds = self._run(sites, steerer.rewords)
             with Peak(self.backend.model.device) as peak:
                 made = fit_run(self.backend, steerer, run, self.contrast, seed=cell.seed)

@@ -8,7 +8,7 @@ chain does not go by itself. Everything is computed in float64.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -60,7 +60,9 @@ class Step(NamedTuple):
 
 
 def backward(
-    dynamics: Sequence[ArrayLike], weights: Weights, drift: Sequence[ArrayLike] | None = None
+    dynamics: Sequence[ArrayLike | Callable[[], ArrayLike]],
+    weights: Weights,
+    drift: Sequence[ArrayLike] | None = None,
 ) -> Iterator[Step]:
     """The steps of a finite horizon from the last to the first, by the Riccati recursion.
 
@@ -70,10 +72,12 @@ def backward(
         k_t = (S + r I)^-1 (S w_t + s_{t+1}),  s_t = r A_t' k_t
 
     S_t is symmetrised at every step. One at a time, so that of many large steps a caller keeps what
-    it needs; a lazy sequence of matrices is read once, from its end. O(T n^3).
+    it needs. O(T n^3).
 
     Args:
-        dynamics: A_t, square matrices of one size. drift: w_t ``[n]``; default: none.
+        dynamics: A_t, square matrices of one size, or functions that give them: each is called
+            once, the last first, so that one matrix is held at a time. drift: w_t ``[n]``; default:
+            none.
 
     Raises:
         InputError: no matrix, one that is not square, not of the size of the others or not finite,
@@ -87,10 +91,14 @@ def backward(
         raise InputError("a chain of no steps", expected="at least one matrix")
     if drift is not None and len(drift) != count:
         raise InputError(f"{len(drift)} drifts of {count} steps", expected="one each")
-    n = len(np.asarray(dynamics[count - 1]))
-    cost, pull = weights.q_f * np.eye(n), np.zeros(n)
+    n, cost, pull = 0, np.empty(0), np.empty(0)
     for t in reversed(range(count)):
-        a = _square(dynamics[t], n, t)
+        given = dynamics[t]
+        matrix = np.asarray(given() if callable(given) else given, np.float64)
+        if not n:
+            n = len(matrix)
+            cost, pull = weights.q_f * np.eye(n), np.zeros(n)
+        a = _square(matrix, n, t)
         factor = cho_factor(cost + weights.r * np.eye(n))
         feedback = cho_solve(factor, cost @ a)
         w = np.zeros(n) if drift is None else np.asarray(drift[t], np.float64)

@@ -5,13 +5,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 
 from innsteer.activations import Activations, Read
 from innsteer.backends.base import Progress, Prompt, Sampling, silent
 from innsteer.backends.hf import HF
+from innsteer.backends.local import Local
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError, LeakError, MismatchError
@@ -19,7 +20,7 @@ from innsteer.files import require_absent
 from innsteer.fingerprint import Fingerprint
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span, Where
-from innsteer.steerer import Interventions, Steerer, get
+from innsteer.steerer import Interventions, Runner, Steerer, get
 from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
 
@@ -123,6 +124,18 @@ def fit(
                 f"a read rule for {steerer.name!r}, which is fitted through the model",
                 expected="none: its rows are those of the steered tokens",
             )
+        if "jacobians" in steerer.needs and unmoved is None:
+            chain = linearised(model, contrast, sites, progress=progress)
+            return fit_run(
+                model,
+                steerer,
+                chain,
+                contrast,
+                folder=folder,
+                where=where,
+                seed=seed,
+                progress=progress,
+            )
         again = steerer.rewords
         run = through(model, contrast, sites, unmoved=unmoved, reworded=again, progress=progress)
         return fit_run(
@@ -181,10 +194,28 @@ def through(
     )
 
 
+def linearised(
+    model: LanguageModel | HF,
+    contrast: Contrasts,
+    sites: Sequence[Site] = (),
+    *,
+    progress: Progress = silent,
+) -> Local:
+    """The model as a chain of blocks about the last token of training and validation texts.
+
+    Args:
+        sites: outputs of blocks; default: of all.
+    """
+    backend = HF.of(model)
+    parts = [_fitted_part(one) for one in each(contrast)]
+    every = tuple(map(Site, range(len(backend.model.layout.blocks))))
+    return Local(backend, parts, sites or every, progress=progress)
+
+
 def fit_run(
     model: LanguageModel | HF,
     steerer: Steerer,
-    run: Through,
+    run: Through | Local,
     contrast: Contrasts,
     *,
     folder: str | Path | None = None,
@@ -192,19 +223,21 @@ def fit_run(
     seed: int = 0,
     progress: Progress = silent,
 ) -> Steering:
-    """Fit through the model, with provenance; ``folder`` keeps the target-seeking rows.
+    """Fit through the model, with provenance; ``folder`` keeps the rows.
 
     Raises:
-        InputError: another scope than ``generated``: kept prefixes end at the last prompt token.
+        InputError: another scope than ``generated``: kept prefixes end at the last prompt token. A
+            chain of linear blocks keeps none, and takes any.
     """
-    if where != Where():
+    if where != Where() and not isinstance(run, Local):
         raise InputError(
             f"scope {where} for {steerer.name!r}, which is fitted through the model",
             expected="scope generated",
         )
     progress("fit", 0, 1)
     started = time.perf_counter()
-    fitted = steerer.fit_through(run, seed=seed)
+    # A method that takes a chain says so by its needs.
+    fitted = steerer.fit_through(cast(Runner, run), seed=seed)
     seconds = time.perf_counter() - started
     progress("fit", 1, 1)
     acts = run.rows()

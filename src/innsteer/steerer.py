@@ -264,14 +264,36 @@ class Answers(NamedTuple):
     source: Tensor
 
 
-class Runner(Protocol):
+class Chain(Protocol):
+    """A model as a chain of blocks about one token, for methods that fit on their Jacobians."""
+
+    behaviours: tuple[str, ...]
+    sites: tuple[Site, ...]
+
+    def inputs(
+        self,
+        interventions: Interventions | None = None,
+        *,
+        coef: Sequence[float] | None = None,
+        side: str | None = None,
+    ) -> Activations:
+        """Rows at the inputs of the sites' blocks, with given edits active in those below.
+
+        ``coef`` has a strength per behaviour, all 1 by default; ``side`` leaves out the other.
+        """
+        ...
+
+    def jacobian(self, block: int, *, prompts: int = 50, rank: int = 0, seed: int = 0) -> Tensor:
+        """d output / d input ``[d, d]`` of a block at one token, meaned over target texts."""
+        ...
+
+
+class Runner(Chain, Protocol):
     """A model seen through a keyhole, for methods that fit through it; a backend makes one.
 
     Nothing here hands out the model or the tokenizer. Items and unmoved sequences go by number.
     """
 
-    behaviours: tuple[str, ...]
-    sites: tuple[Site, ...]
     unmoved: tuple[int, ...]
 
     def items(self, split: str = "train", behaviour: str | None = None) -> list[int]:
@@ -314,7 +336,8 @@ class Steerer(ABC):
 
     Class variables describe the method for people and tools; they are literals, because the shelf
     is read without importing it. ``needs`` is any of ``pairs``, ``classes``, ``unmoved`` (rows that
-    stand among those that seek the target), ``gradients`` (target-seeking rows), ``model``. A
+    stand among those that seek the target), ``gradients`` (target-seeking rows), ``model``,
+    ``jacobians`` (of the blocks: ``fit_through`` then gets a ``Chain``, and lone items will do). A
     method ``across_sites`` makes ``AcrossSites`` maps, which need the whole model below them. A
     method that ``erases`` takes away what tells the sides apart at strength 1, where others carry
     source to target. ``sites`` is ``any``, one or several; a method with a rule of its own among
@@ -349,8 +372,8 @@ class Steerer(ABC):
 
     @property
     def through(self) -> bool:
-        """Whether a fit needs the model: its gradients (rows that seek the target), or itself."""
-        return bool({"gradients", "model"} & set(self.needs))
+        """Whether a fit needs the model: gradients (rows that seek the target), blocks, itself."""
+        return bool({"gradients", "model", "jacobians"} & set(self.needs))
 
     @property
     def rewords(self) -> bool:

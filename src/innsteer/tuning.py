@@ -13,7 +13,7 @@ from innsteer.backends.hf import HF, Meter
 from innsteer.calibration import BUDGET, Calibration, Dose
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError, MismatchError
-from innsteer.fitting import check_unseen, record_parts, through
+from innsteer.fitting import check_unseen, linearised, record_parts, through
 from innsteer.interventions import Edit
 from innsteer.metrics import get as metric
 from innsteer.models import LanguageModel
@@ -254,11 +254,12 @@ def recalibrate(
     tuned = tune(backend, moved, contrast, seed=seed, progress=progress, **how)
     new = tuned.calibration[contrast.behaviour]
     sites = list(steering.interventions)
-    rows = (
-        through(backend, contrast, sites, progress=progress).rows()
-        if steering.steerer.through
-        else record_parts(backend, contrast, sites, progress=progress)
-    )
+    if "jacobians" in steering.steerer.needs:
+        rows = linearised(backend, contrast, sites, progress=progress).rows()
+    elif steering.steerer.through:
+        rows = through(backend, contrast, sites, progress=progress).rows()
+    else:
+        rows = record_parts(backend, contrast, sites, progress=progress)
     health = steering.steerer.diagnose(rows, steering.interventions)
     before, after = old.at_budget, new.at_budget
     base = [next(d.control or 0.0 for d in c.doses if not d.strength) for c in (old, new)]

@@ -136,14 +136,23 @@ class Local:
 
     # --- what a fit asks -------------------------------------------------------------------------
 
-    def rows(
-        self, interventions: Interventions | None = None, *, side: str | None = None
+    def rows(self) -> Activations:
+        """Unsteered ``inputs``."""
+        return self.inputs()
+
+    def inputs(
+        self,
+        interventions: Interventions | None = None,
+        *,
+        coef: Sequence[float] | None = None,
+        side: str | None = None,
     ) -> Activations:
         """Rows of all texts' last tokens at the *inputs* of the sites' blocks.
 
         Args:
-            interventions: edits that are active meanwhile, at strength 1; a row holds those of the
-                blocks before its own. side: only texts of this side.
+            interventions: edits that are active meanwhile, from the last prompt token on; a row
+                holds those of the blocks before its own. coef: their strengths, one per behaviour;
+                default: 1 each. side: only texts of this side.
         """
         if interventions is None and side is None and self._rows is not None:
             return self._rows
@@ -151,7 +160,7 @@ class Local:
         found: dict[Site, dict[int, Tensor]] = {site: {} for site in self.sites}
         lengths = [len(text.ids) for text in texts]
         for part in self._backend._batches(lengths, self._progress, "rows"):
-            inputs = self._inputs([texts[n] for n in part], interventions)
+            inputs = self._inputs([texts[n] for n in part], interventions, coef)
             for site in self.sites:
                 found[site] |= dict(zip(part, inputs[str(site)], strict=True))
         values = {
@@ -162,8 +171,6 @@ class Local:
         if interventions is None and side is None:
             self._rows = acts
         return acts
-
-    inputs = rows
 
     def jacobian(self, block: int, *, prompts: int = 50, rank: int = 0, seed: int = 0) -> Tensor:
         """How a block's output moves with its input at the last token, meaned over target texts.
@@ -283,21 +290,25 @@ class Local:
         return Read(encoded.ids[:end], min(encoded.prompt, end), record)
 
     def _inputs(
-        self, texts: Sequence[Read], interventions: Interventions | None
+        self,
+        texts: Sequence[Read],
+        interventions: Interventions | None,
+        coef: Sequence[float] | None,
     ) -> dict[str, Tensor]:
         """What goes into the sites' blocks at the last tokens of some texts, ``[texts, d]``."""
         blocks = [site.layer for site in self.sites]
         shown = [[text.ids, text.prompt] for text in texts]
-        key = self._backend.key("inputs", shown, blocks, digest(interventions))
+        strengths = torch.tensor(coef if coef is not None else [1.0] * len(self.behaviours))
+        asked = digest(interventions), strengths.tolist()
+        key = self._backend.key("inputs", shown, blocks, *asked)
 
         def make() -> dict[str, Tensor]:
             ids, mask = self._backend._pad([text.ids for text in texts], side="left")
             with ExitStack() as stack:
                 stack.enter_context(torch.no_grad())
                 if interventions is not None:
-                    coef = torch.ones(len(self.behaviours))
                     lengths = [text.prompt for text in texts]
-                    edits = [Edit(interventions, coef)]
+                    edits = [Edit(interventions, strengths)]
                     stack.enter_context(Attachment(self._model, edits, prompt_lengths=lengths))
                 seen = stack.enter_context(opened(self._model.layout, blocks))
                 self._model.model.base_model(

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from innsteer import __version__
 from innsteer.activations import Activations, Rows
 from innsteer.backends.base import Progress, silent
 from innsteer.backends.engine import Engine, context_of, cut_of, replay, tap, watch
+from innsteer.backends.local import Local
 from innsteer.backends.memo import digest
 from innsteer.backends.meter import Reference
 from innsteer.contrast import Contrast, Item
@@ -88,6 +90,7 @@ class Through:
             )
         if not sites:
             raise InputError("no site to fit through the model", expected="at least one")
+        self._contrasts = contrasts
         self.sites = tuple(sorted(set(sites)))
         self._backend, self._model = backend, backend.model
         self._cut = cut_of(sites)
@@ -292,6 +295,24 @@ class Through:
         if interventions is None:
             self._rows[step, said] = found
         return found
+
+    def inputs(
+        self,
+        interventions: Interventions | None = None,
+        *,
+        coef: Sequence[float] | None = None,
+        side: str | None = None,
+    ) -> Activations:
+        """``Local.inputs`` of the same contrasts and sites."""
+        return self._local.inputs(interventions, coef=coef, side=side)
+
+    def jacobian(self, block: int, *, prompts: int = 50, rank: int = 0, seed: int = 0) -> Tensor:
+        """``Local.jacobian`` of the same contrasts and sites."""
+        return self._local.jacobian(block, prompts=prompts, rank=rank, seed=seed)
+
+    @cached_property
+    def _local(self) -> Local:
+        return Local(self._backend, self._contrasts, self.sites)
 
     # --- rows and gradients ----------------------------------------------------------------------
 

@@ -1,0 +1,297 @@
+"""A-LQR: hold a feature at its set-point in every layer, by optimal linear feedback."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+import torch
+from torch import Tensor
+
+from innsteer.activations import Activations
+from innsteer.control import Weights, backward
+from innsteer.errors import InputError, UnknownName
+from innsteer.site import Site
+from innsteer.steerer import AcrossSites, Chain, Interventions, Steerer, side_means
+
+Loop = Literal["closed", "open"]
+LEVELS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
+"""The authors' values of lambda, from refusal (1) to truthfulness (3.5)."""
+
+
+class Feedback(AcrossSites):
+    """h' = h + u,  u = sum_k coef_k (levels_k - reads_k . x) writes_k,  x the block's input.
+
+    What is carried from input to output is how far each feature is from its level, ``[tokens, k]``.
+    With ``reads`` of 0 the same u goes to every token: an open loop.
+
+    Args:
+        width: d. k: number of behaviours. clip: the longest u as a share of |h|; None = no limit.
+
+    ``reads`` and ``writes`` ``[k, d]`` (unitless), ``levels`` ``[k]`` in activation units.
+
+    >>> part = Feedback(2)
+    >>> part.reads[0, 0], part.writes[0, 1], part.levels[0] = 1, 0.5, 5
+    >>> x, ones = torch.tensor([[3.0, 0.0]]), torch.ones(1, 1)
+    >>> part.leave(torch.zeros(1, 2), ones, part.enter(x, ones, part.start(x)))[0].tolist()
+    [[0.0, 1.0]]
+    """
+
+    reads: Tensor
+    writes: Tensor
+    levels: Tensor
+
+    def __init__(self, width: int, k: int = 1, clip: float | None = None) -> None:
+        super().__init__()
+        self.width, self.carry, self.clip = width, k, clip
+        for name in ("reads", "writes"):
+            self.register_buffer(name, torch.zeros(k, width))
+        self.register_buffer("levels", torch.zeros(k))
+
+    def read(self, h_in: Tensor, coef: Tensor, carry: Tensor) -> Tensor:
+        """levels_k - reads_k . x."""
+        # A sum per row, not a product of matrices: that one's rounding depends on the neighbours.
+        along = (h_in.unsqueeze(1) * self.reads.to(h_in.dtype)).sum(-1)
+        return self.levels.to(h_in.dtype) - along
+
+    def write(self, h_out: Tensor, coef: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+        """The block's output with the control; the carry as it came."""
+        control = (coef * carry) @ self.writes.to(h_out.dtype)
+        if self.clip is not None:
+            length = control.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+            control = control * (self.clip * h_out.norm(dim=-1, keepdim=True) / length).clamp_max(1)
+        return h_out + control, carry
+
+
+class Feature(NamedTuple):
+    """What is tracked at a block's input: e = target - source of the means, v = e / mu, mu = |e|.
+
+    ``direction`` ``[d]`` and ``size``; both 0 where the sides have one mean.
+    """
+
+    direction: Tensor
+    size: float
+
+
+@dataclass(frozen=True)
+class ALQR(Steerer):
+    """Hold a feature at a set-point in every layer, by feedback that a linear regulator chose.
+
+    x' = phi_k(x) + u_k,  u_k = strength * (lam mu_k - v_k . x) K_k v_k   in every block k
+
+    Depth is time: x is a token's row at the block's input, which already holds the edits below, and
+    u is added to the block's output. The feature v_k = e_k / mu_k is the unit difference of the
+    sides' mean rows there and lam mu_k its set-point, so that one number serves all layers
+    (adaptive semantic set-points). K_k are the gains of the finite-horizon regulator for the
+    blocks' Jacobians A_k, meaned over target texts, under the cost q |e|^2 + r |u|^2 and q_f |e|^2
+    at the end (``innsteer.control``). Nothing is trained. A strength scales u, and so the gain: 1
+    is the optimal loop, a negative one drives the feature away from its set-point; lam says where
+    to go. Several behaviours add their u, with gains of one mean Jacobian.
+
+    Scope ``generated`` is A-LQR (the last prompt token and every later one), scope ``all`` A-LQR+.
+    Cost: a Jacobian per block, about a text of d tokens per prompt; T solves of d x d; online a
+    dot product and an addition per block, 2 d + 1 floats per block and behaviour. Pairing does not
+    matter; row weights count.
+
+    Rows are of the last token of each text; of lone prompts (requests of two kinds) of the prompt's
+    last, before any answer, as in the paper. ``fit`` on recorded outputs of blocks knows no
+    Jacobian: it takes each block for the identity and the row below for its input, and steers the
+    blocks above a recorded one. That is ``dynamics="identity"``, whose K are numbers: a
+    proportional regulator with the optimal gains.
+
+    Differences from the authors' code: their low-memory path returns the last prompt's Jacobian
+    over the number of prompts, and one summed over all positions; here it is the mean, of one
+    position. lam is measured from 0, as theirs.
+
+    Attributes:
+        lam: lambda, where to hold the feature in units of mu_k. The authors' values go from 1
+            (refusal) over 2 (toxicity) to 3.5 (truthfulness): ``LEVELS``.
+        q, r, q_f: prices of the error, the control and the last error; only ratios count. The
+            code's defaults; the paper's own go from (0.1, 1, 0.1) over (0.1, 10, 10) to
+            (0.2, 7, 0.2) for refusal. A smaller r steers harder.
+        dynamics: ``jacobian`` or ``identity``: what K knows of the blocks.
+        prompts: target texts that a Jacobian is meaned over, drawn by the seed. rank: 0 = exact, or
+            the rank of a low-rank map A - I, whose error ``Local.low_rank`` tells.
+        loop: ``closed``, or ``open``: the twin without feedback, which adds at each block the mean
+            u that the closed loop had on source texts, whatever the row.
+        clip: the longest u as a share of the row's length, > 0; None = no limit.
+
+    Raises:
+        InputError: a number out of range, sites that are no neighbouring blocks, a side without
+            rows, or rows of one block alone.
+        UnknownName: no such loop or dynamics.
+
+    Reference:
+        Skifstad, Yang, Chou, Local Linearity of LLMs Enables Activation Steering via Model-Based
+        Linear Optimal Control (2026), https://arxiv.org/abs/2604.19018
+
+    >>> source = torch.zeros(4, 2)
+    >>> acts = Activations.of_sides(source, source + torch.tensor([3.0, 0.0]))
+    >>> both = replace(acts, values={Site(n): acts.values[acts.site] for n in (0, 1)})
+    >>> part = ALQR(lam=1, q=1, r=1, q_f=1).fit(both)[Site(1)]
+    >>> part.reads.tolist(), part.writes.tolist(), part.levels.tolist()
+    ([[1.0, 0.0]], [[0.5, 0.0]], [3.0])
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2604.19018"
+    needs: ClassVar[tuple[str, ...]] = ("classes", "jacobians")
+    sites: ClassVar[str] = "layers"
+    trained: ClassVar[bool] = False
+    across_sites: ClassVar[bool] = True
+
+    lam: float = 2.0
+    q: float = 10.0
+    r: float = 10.0
+    q_f: float = 1.0
+    dynamics: Literal["jacobian", "identity"] = "jacobian"
+    prompts: int = 50
+    rank: int = 0
+    loop: Loop = "closed"
+    clip: float | None = None
+
+    def __post_init__(self) -> None:
+        Weights(self.q, self.r, self.q_f)
+        if not math.isfinite(self.lam):
+            raise InputError(f"lam={self.lam}", expected="a finite number")
+        if self.dynamics not in ("jacobian", "identity"):
+            raise UnknownName("dynamics", self.dynamics, ("jacobian", "identity"))
+        if self.loop not in get_args(Loop):
+            raise UnknownName("loop", self.loop, get_args(Loop))
+        for name, least in (("prompts", 1), ("rank", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name}={getattr(self, name)}", expected=f"at least {least}")
+        if self.clip is not None and not 0 < self.clip < math.inf:
+            raise InputError(f"clip={self.clip}", expected="a share above 0, or None")
+
+    def build(
+        self, widths: Mapping[Site, int], k: int = 1, sizes: Mapping[str, int] = {}
+    ) -> Interventions:
+        """Loops without gain."""
+        return Interventions({site: Feedback(d, k, self.clip) for site, d in widths.items()})
+
+    def fit(self, acts: Activations, *, seed: int = 0) -> Interventions:
+        """Fitted in float64, stored in float32, with every block for the identity; no seed."""
+        inputs = _above(acts)
+        fitted = self._loops(inputs, None)
+        if self.loop == "open":
+            self._open(fitted, _carried(inputs, fitted))
+        return fitted
+
+    def fit_through(self, run: Chain, *, seed: int = 0) -> Interventions:
+        """Fitted on Jacobians; the seed draws the texts that they are meaned over."""
+        acts = run.inputs()
+        _check_neighbours(acts.sites)
+        fitted = self._loops(acts, run if self.dynamics == "jacobian" else None, seed)
+        if self.loop == "open":
+            self._open(fitted, self._watched(run, fitted))
+        return fitted
+
+    def diagnose(self, acts: Activations, fitted: Interventions) -> dict[str, float]:
+        """Over blocks and behaviours: how much of an error one block takes away, and how straight.
+
+        ``correction`` is the mean v . K v, ``straight`` the mean cosine of v and K v. An open loop
+        has neither.
+        """
+        parts = [part for _, part in fitted.items() if isinstance(part, Feedback)]
+        reads, writes = (torch.cat([getattr(p, n) for p in parts]) for n in ("reads", "writes"))
+        along = (reads * writes).sum(-1)
+        cosine = along / (reads.norm(dim=-1) * writes.norm(dim=-1)).clamp_min(1e-12)
+        if self.loop == "open":
+            return {}
+        return {"correction": along.mean().item(), "straight": cosine.mean().item()}
+
+    def _loops(self, inputs: Activations, run: Chain | None, seed: int = 0) -> Interventions:
+        """Closed loops for rows at the blocks' inputs, by the run's Jacobians or without any."""
+        fitted = self.build(inputs.widths, len(inputs.behaviours))
+        train = inputs.where(split="train")
+        for site, part in fitted.items():
+            assert isinstance(part, Feedback)
+            for row, behaviour in enumerate(inputs.behaviours):
+                part.reads[row], size = feature(train, site, behaviour)
+                part.levels[row] = self.lam * size
+
+        def block(site: Site) -> Tensor:
+            if run is None:
+                return torch.eye(inputs.widths[site], dtype=torch.double)
+            return run.jacobian(site.layer, prompts=self.prompts, rank=self.rank, seed=seed)
+
+        chain = [partial(block, site) for site in inputs.sites]
+        for step in backward(chain, Weights(self.q, self.r, self.q_f)):
+            part = fitted[inputs.sites[step.t]]
+            assert isinstance(part, Feedback)
+            part.writes.copy_(part.reads.double() @ torch.from_numpy(step.feedback).mT)
+        return fitted
+
+    @staticmethod
+    def _watched(run: Chain, fitted: Interventions) -> dict[Site, Tensor]:
+        """Mean errors ``[k]`` that the closed loop has on source texts, by site."""
+        found = {site: torch.zeros(len(run.behaviours), dtype=torch.double) for site in fitted}
+        for row, behaviour in enumerate(run.behaviours):
+            alone = [float(row == n) for n in range(len(run.behaviours))]
+            acts = run.inputs(fitted, coef=alone, side="source").where(split="train")
+            acts = acts.where(behaviour=behaviour)
+            share = torch.from_numpy(acts.rows.weight / acts.rows.weight.sum())
+            for site, part in fitted.items():
+                assert isinstance(part, Feedback)
+                errors = part.levels[row] - acts.values[site].double() @ part.reads[row].double()
+                found[site][row] = share @ errors
+        return found
+
+    @staticmethod
+    def _open(fitted: Interventions, errors: Mapping[Site, Tensor]) -> None:
+        """The same u for every row: that of the mean error."""
+        for site, part in fitted.items():
+            assert isinstance(part, Feedback)
+            part.reads.zero_()
+            part.levels.copy_(errors[site])
+
+
+def feature(acts: Activations, site: Site, behaviour: str) -> Feature:
+    """The feature of a behaviour's rows at a block's input, float64."""
+    source, target = side_means(acts, site, behaviour, through=Tensor.double)
+    apart = target - source
+    size = apart.norm().item()
+    return Feature(apart / size if size else apart, size)
+
+
+def _above(acts: Activations) -> Activations:
+    """Rows at the inputs of blocks: those recorded at the output of the block below."""
+    _check_neighbours(acts.sites)
+    if len(acts.sites) < 2:
+        raise InputError(
+            f"rows of block {acts.site.layer} alone",
+            expected="rows of neighbouring blocks: each one's input is the output below it",
+            remedy="record several layers, or fit on a model (innsteer.fit), which sees the inputs",
+        )
+    below = zip(acts.sites, acts.sites[1:], strict=False)
+    return replace(acts, values={site: acts.values[one] for one, site in below})
+
+
+def _carried(inputs: Activations, fitted: Interventions) -> dict[Site, Tensor]:
+    """Mean errors ``[k]`` of closed loops on their source rows, with identities for blocks."""
+    found = {site: torch.zeros(len(inputs.behaviours)) for site in fitted}
+    train = inputs.where(split="train")
+    for row, behaviour in enumerate(inputs.behaviours):
+        moved = torch.zeros(inputs.widths[inputs.sites[0]], dtype=torch.double)
+        for site, part in fitted.items():
+            assert isinstance(part, Feedback)
+            mean = side_means(train, site, behaviour, through=Tensor.double)[0] + moved
+            error = part.levels[row].double() - part.reads[row].double() @ mean
+            moved = moved + error * part.writes[row].double()
+            found[site][row] = error
+    return found
+
+
+def _check_neighbours(sites: Sequence[Site]) -> None:
+    """Outputs of blocks that follow each other."""
+    layers = [site.layer for site in sites]
+    if layers != list(range(layers[0], layers[0] + len(layers))) or any(
+        site.stream != "residual" for site in sites
+    ):
+        raise InputError(
+            f"the sites {', '.join(map(str, sites))}",
+            expected="outputs of neighbouring blocks, such as 10 11 12: the regulator goes from "
+            "block to block",
+            remedy="leave out the sites, and all blocks are steered",
+        )
