@@ -201,13 +201,13 @@ def linearised(
     *,
     progress: Progress = silent,
 ) -> Local:
-    """The model as a chain of blocks about the last token of training and validation texts.
+    """The model as a chain of blocks about the last token of training texts.
 
     Args:
         sites: outputs of blocks; default: of all.
     """
     backend = HF.of(model)
-    parts = [_fitted_part(one) for one in each(contrast)]
+    parts = [_fitted_part(one).train for one in each(contrast)]
     every = tuple(map(Site, range(len(backend.model.layout.blocks))))
     return Local(backend, parts, sites or every, progress=progress)
 

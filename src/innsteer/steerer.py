@@ -276,10 +276,13 @@ class Chain(Protocol):
         *,
         coef: Sequence[float] | None = None,
         side: str | None = None,
+        most: int | None = None,
+        seed: int = 0,
     ) -> Activations:
         """Rows at the inputs of the sites' blocks, with given edits active in those below.
 
-        ``coef`` has a strength per behaviour, all 1 by default; ``side`` leaves out the other.
+        ``coef`` has a strength per behaviour, all 1 by default; ``side`` leaves out the other;
+        ``most`` texts of each behaviour's side are drawn by the seed.
         """
         ...
 

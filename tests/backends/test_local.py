@@ -161,7 +161,7 @@ def test_rows_are_what_goes_into_the_blocks_and_hold_the_edits_below():
             ]
             torch.testing.assert_close(*sides, rtol=1e-5, atol=1e-5)
     shift = innsteer_shift(Site(0))
-    moved = run.rows(shift)
+    moved = run.inputs(shift)
     torch.testing.assert_close(moved.values[Site(0)], acts.values[Site(0)], rtol=0, atol=0)
     gap = moved.values[Site(1)] - acts.values[Site(1)]
     torch.testing.assert_close(gap, torch.full_like(gap, 0.5), rtol=0, atol=1e-5)
@@ -207,14 +207,18 @@ def test_a_low_rank_map_is_as_good_as_its_error_says_and_exact_at_full_rank():
     torch.testing.assert_close(run.jacobian(1, prompts=4, rank=8), few.dense())
 
 
-def test_texts_are_drawn_by_the_seed_from_the_targets_of_the_training_part():
-    own = contrast(30)
-    run = Local(HF(tiny_language_model()), [own], [Site(1)])
-    drawn = run._drawn(4, 0)
-    train = {item.id for item in own.train.items}
-    assert {t.record["item"] for t in drawn} <= train and len(drawn) == 4
-    assert {t.record["side"] for t in drawn} == {"target"}
-    assert drawn == run._drawn(4, 0) != run._drawn(4, 1)
+def test_texts_are_drawn_by_the_seed_and_both_sides_of_an_item_together():
+    run = Local(HF(tiny_language_model()), [contrast(30)], [Site(1)])
+    acts = run.inputs(most=4)
+    assert len(acts) == 8 and run.rows() is acts
+    drawn = [set(acts.where(side=side).rows.item) for side in ("source", "target")]
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 4
+    assert drawn[0] != set(run.inputs(most=4, seed=1).rows.item)
+    every = run.inputs().where(side="target")
+    own = acts.where(side="target")
+    place = [list(every.rows.item).index(item) for item in own.rows.item]
+    found = every.values[Site(1)][place]
+    torch.testing.assert_close(own.values[Site(1)], found, rtol=1e-4, atol=1e-5)
     assert not torch.equal(run.jacobian(1, prompts=4), run.jacobian(1, prompts=4, seed=1))
 
 

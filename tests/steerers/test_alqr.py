@@ -42,7 +42,7 @@ class Given:
         self.behaviours, self.sites = acts.behaviours, acts.sites
         self.acts, self.matrices = acts, matrices
 
-    def inputs(self, interventions=None, *, coef=None, side=None):
+    def inputs(self, interventions=None, **how):
         assert interventions is None
         return self.acts
 
@@ -316,6 +316,7 @@ def test_a_few_neighbouring_blocks_will_do_and_a_low_rank_fit_is_near(model):
         ({"r": 0}, InputError, "r=0"),
         ({"lam": math.nan}, InputError, "lam=nan"),
         ({"prompts": 0}, InputError, "prompts=0"),
+        ({"texts": 0}, InputError, "texts=0"),
         ({"rank": -1}, InputError, "rank=-1"),
         ({"clip": 0.0}, InputError, r"clip=0\.0"),
         ({"loop": "half"}, UnknownName, "loop 'half'"),

@@ -33,9 +33,9 @@ from innsteer.models import Encoded
 from innsteer.site import Site
 from innsteer.steerer import Interventions
 
-COTANGENTS = 64
-"""Rows of a Jacobian per backward pass; more fill the memory and are no faster."""
-PROMPTS = 8
+COTANGENTS = 16
+"""Rows of a Jacobian per backward pass; with more the processor's cache is too small."""
+PROMPTS = 4
 """Texts per pass: their rows stand side by side in every matrix product."""
 GROUP = 2**28
 """Bytes of the Jacobians that are summed at once; what is done lies on disk."""
@@ -137,8 +137,8 @@ class Local:
     # --- what a fit asks -------------------------------------------------------------------------
 
     def rows(self) -> Activations:
-        """Unsteered ``inputs``."""
-        return self.inputs()
+        """The latest unsteered ``inputs`` of both sides, or those of all texts."""
+        return self.inputs() if self._rows is None else self._rows
 
     def inputs(
         self,
@@ -146,17 +146,24 @@ class Local:
         *,
         coef: Sequence[float] | None = None,
         side: str | None = None,
+        most: int | None = None,
+        seed: int = 0,
     ) -> Activations:
         """Rows of all texts' last tokens at the *inputs* of the sites' blocks.
 
         Args:
             interventions: edits that are active meanwhile, from the last prompt token on; a row
                 holds those of the blocks before its own. coef: their strengths, one per behaviour;
-                default: 1 each. side: only texts of this side.
+                default: 1 each. side: only texts of this side. most: so many texts of a
+                behaviour's side, drawn by the seed, both texts of an item or none; default: all.
         """
-        if interventions is None and side is None and self._rows is not None:
-            return self._rows
-        texts = [text for text in self._texts if side in (None, text.record["side"])]
+        texts = [
+            text
+            for behaviour in self.behaviours
+            for one in ("source", "target")
+            if side in (None, one)
+            for text in self._drawn(behaviour, one, most, seed)
+        ]
         found: dict[Site, dict[int, Tensor]] = {site: {} for site in self.sites}
         lengths = [len(text.ids) for text in texts]
         for part in self._backend._batches(lengths, self._progress, "rows"):
@@ -181,8 +188,8 @@ class Local:
         (``--resume``), an interrupted fit finds them.
 
         Args:
-            block: one of the sites' layers. prompts: of so many training texts of the target sides,
-                drawn by the seed. rank: 0 = every entry; else the best map I + (rank r), by a
+            block: one of the sites' layers. prompts: of so many texts of the target sides, drawn by
+                the seed. rank: 0 = every entry; else the best map I + (rank r), by a
                 randomised SVD of A - I, in 2 (r + 10) products instead of d. See ``low_rank``.
 
         Raises:
@@ -214,7 +221,9 @@ class Local:
         width = self._model.layout.width
         size = max(min(GROUP // (4 * width**2), 8), 1)
         start = layers.index(block) // size * size
-        group, texts = layers[start : start + size], self._drawn(prompts, seed)
+        group, texts = layers[start : start + size], self._drawn(None, "target", prompts, seed)
+        if not texts:
+            raise InputError("no text of the target side", expected="at least one")
         asked = [[text.ids, text.record["weight"]] for text in texts]
         made = [str(self._model.model.dtype), asdict(self._model.fingerprint)]
         key = ["jacobians", group, rank, seed, asked, *made]
@@ -227,17 +236,15 @@ class Local:
 
         return self._memo.tensors(key, make)
 
-    def _drawn(self, prompts: int, seed: int) -> list[Read]:
-        """Training texts of the target sides."""
+    def _drawn(self, behaviour: str | None, side: str, most: int | None, seed: int) -> list[Read]:
+        """Some texts of a behaviour's side, in their order; of equal sides the same items."""
         own = [
             text
             for text in self._texts
-            if (text.record["side"], text.record["split"]) == ("target", "train")
+            if text.record["side"] == side and behaviour in (None, text.record["behaviour"])
         ]
-        if not own:
-            raise InputError("no training text of the target side", expected="at least one")
         draw = torch.Generator().manual_seed(seed)
-        return [own[n] for n in torch.randperm(len(own), generator=draw)[:prompts].sort().values]
+        return [own[n] for n in torch.randperm(len(own), generator=draw)[:most].sort().values]
 
     def _sketched(
         self, texts: Sequence[Read], blocks: Sequence[int], rank: int, seed: int

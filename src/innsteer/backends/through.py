@@ -302,9 +302,11 @@ class Through:
         *,
         coef: Sequence[float] | None = None,
         side: str | None = None,
+        most: int | None = None,
+        seed: int = 0,
     ) -> Activations:
         """``Local.inputs`` of the same contrasts and sites."""
-        return self._local.inputs(interventions, coef=coef, side=side)
+        return self._local.inputs(interventions, coef=coef, side=side, most=most, seed=seed)
 
     def jacobian(self, block: int, *, prompts: int = 50, rank: int = 0, seed: int = 0) -> Tensor:
         """``Local.jacobian`` of the same contrasts and sites."""
@@ -312,7 +314,7 @@ class Through:
 
     @cached_property
     def _local(self) -> Local:
-        return Local(self._backend, self._contrasts, self.sites)
+        return Local(self._backend, [one.train for one in self._contrasts], self.sites)
 
     # --- rows and gradients ----------------------------------------------------------------------
 

@@ -110,6 +110,7 @@ class ALQR(Steerer):
         q, r, q_f: prices of the error, the control and the last error; only ratios count. The
             code's defaults; the paper's own go from (0.1, 1, 0.1) over (0.1, 10, 10) to
             (0.2, 7, 0.2) for refusal. A smaller r steers harder.
+        texts: of each side, drawn by the seed, whose mean rows make the features; theirs is 200.
         dynamics: ``jacobian`` or ``identity``: what K knows of the blocks.
         prompts: target texts that a Jacobian is meaned over, drawn by the seed. rank: 0 = exact, or
             the rank of a low-rank map A - I, whose error ``Local.low_rank`` tells.
@@ -145,6 +146,7 @@ class ALQR(Steerer):
     r: float = 10.0
     q_f: float = 1.0
     dynamics: Literal["jacobian", "identity"] = "jacobian"
+    texts: int = 200
     prompts: int = 50
     rank: int = 0
     loop: Loop = "closed"
@@ -158,7 +160,7 @@ class ALQR(Steerer):
             raise UnknownName("dynamics", self.dynamics, ("jacobian", "identity"))
         if self.loop not in get_args(Loop):
             raise UnknownName("loop", self.loop, get_args(Loop))
-        for name, least in (("prompts", 1), ("rank", 0)):
+        for name, least in (("texts", 1), ("prompts", 1), ("rank", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}", expected=f"at least {least}")
         if self.clip is not None and not 0 < self.clip < math.inf:
@@ -180,11 +182,11 @@ class ALQR(Steerer):
 
     def fit_through(self, run: Chain, *, seed: int = 0) -> Interventions:
         """Fitted on Jacobians; the seed draws the texts that they are meaned over."""
-        acts = run.inputs()
+        acts = run.inputs(most=self.texts, seed=seed)
         _check_neighbours(acts.sites)
         fitted = self._loops(acts, run if self.dynamics == "jacobian" else None, seed)
         if self.loop == "open":
-            self._open(fitted, self._watched(run, fitted))
+            self._open(fitted, self._watched(run, fitted, seed))
         return fitted
 
     def diagnose(self, acts: Activations, fitted: Interventions) -> dict[str, float]:
@@ -223,14 +225,13 @@ class ALQR(Steerer):
             part.writes.copy_(part.reads.double() @ torch.from_numpy(step.feedback).mT)
         return fitted
 
-    @staticmethod
-    def _watched(run: Chain, fitted: Interventions) -> dict[Site, Tensor]:
+    def _watched(self, run: Chain, fitted: Interventions, seed: int) -> dict[Site, Tensor]:
         """Mean errors ``[k]`` that the closed loop has on source texts, by site."""
         found = {site: torch.zeros(len(run.behaviours), dtype=torch.double) for site in fitted}
         for row, behaviour in enumerate(run.behaviours):
             alone = [float(row == n) for n in range(len(run.behaviours))]
-            acts = run.inputs(fitted, coef=alone, side="source").where(split="train")
-            acts = acts.where(behaviour=behaviour)
+            acts = run.inputs(fitted, coef=alone, side="source", most=self.texts, seed=seed)
+            acts = acts.where(split="train", behaviour=behaviour)
             share = torch.from_numpy(acts.rows.weight / acts.rows.weight.sum())
             for site, part in fitted.items():
                 assert isinstance(part, Feedback)
