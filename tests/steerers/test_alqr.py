@@ -71,11 +71,14 @@ def test_a_control_is_the_missing_part_of_the_level_along_the_gain():
         4.0,
     )
     x, h = torch.tensor([[1.0, 9, 9], [4, 0, 0]]), torch.zeros(2, 3)
-    for strength in (1.0, 0.5, -2.0):
+    for strength, errors in ((1.0, (3.0, 0.0)), (0.5, (1.5, 0.0)), (-2.0, (-10.0, -16.0))):
         coef = torch.full((2, 1), strength)
         out, carry = part.leave(h, coef, part.enter(x, coef, part.start(x)))
-        assert carry.tolist() == [[3.0], [0.0]]
-        assert out.tolist() == [[1.5 * strength, 0.75 * strength, 0], [0, 0, 0]]
+        assert carry.tolist() == [[errors[0]], [errors[1]]]
+        assert out.tolist() == [[error * 0.5, error * 0.25, 0] for error in errors]
+    part.origins[0] = 1.0
+    assert part.enter(x, torch.ones(2, 1), part.start(x)).tolist() == [[4.0], [1.0]]
+    assert part.enter(x, -torch.ones(2, 1), part.start(x)).tolist() == [[-4.0], [-7.0]]
 
 
 def test_two_concepts_add_their_controls():
@@ -117,12 +120,20 @@ def test_a_clipped_control_keeps_its_direction_and_is_no_longer_than_its_share()
 
 def test_set_points_are_lambda_lengths_of_each_layers_own_contrast():
     gaps = torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]], [[0.0, -2.0]]])
-    maps = ALQR(lam=3).fit_through(Given(of_gaps(gaps), [torch.eye(2)] * 3))
+    maps = ALQR(setpoint=3).fit_through(Given(of_gaps(gaps), [torch.eye(2)] * 3))
     first, second, last = (maps[Site(n)] for n in range(3))
     torch.testing.assert_close(first.reads, torch.tensor([[0.6, 0.8]]))
     assert first.levels.item() == 15.0 and last.levels.item() == 6.0
     assert last.reads.tolist() == [[0.0, -1.0]]
     assert not any(part.any() for part in (second.reads, second.writes, second.levels))
+
+
+def test_set_points_lie_beyond_the_source_mean_or_zero():
+    acts = of_gaps(torch.tensor([[[2.0, 0.0]]]))
+    acts = replace(acts, values={Site(0): acts.values[Site(0)] + torch.tensor([5.0, 1.0])})
+    for origin, at in (("source", 5.0), ("zero", 0.0)):
+        maps = ALQR(setpoint=1, origin=origin).fit_through(Given(acts, [torch.eye(2)]))
+        assert maps[Site(0)].origins.item() == at and maps[Site(0)].levels.item() == 2.0
 
 
 def test_gains_are_the_regulators_along_each_layers_feature():
@@ -150,7 +161,7 @@ def test_steered_logits_are_the_authors(shared, lam, scope):
     """A-LQR on the last token, and A-LQR+ on all: fields, gains and hooks together."""
     own, known = official(shared)
     run = Given(of_gaps(known["E"][:, None]), known["A_mean"])
-    maps = ALQR(lam=lam, **PRICES).fit_through(run)
+    maps = ALQR(setpoint=lam, origin="zero", **PRICES).fit_through(run)
     for n, part in maps.items():
         wanted = known["K"][n.layer] @ part.reads[0]
         torch.testing.assert_close(part.writes[0], wanted, rtol=0, atol=1e-4)
@@ -166,7 +177,9 @@ def test_steered_logits_are_the_authors(shared, lam, scope):
 
 def test_the_controller_sees_upstream_edits_as_the_authors_does(shared):
     own, known = official(shared)
-    maps = ALQR(lam=2, **PRICES).fit_through(Given(of_gaps(known["E"][:, None]), known["A_mean"]))
+    maps = ALQR(setpoint=2, origin="zero", **PRICES).fit_through(
+        Given(of_gaps(known["E"][:, None]), known["A_mean"])
+    )
     blocks, seen = own.layout.blocks, []
     handles = [
         block.module.register_forward_pre_hook(lambda _, args: seen.append(args[0][-1, -1]))
@@ -199,7 +212,7 @@ def test_the_open_twin_adds_at_each_layer_the_mean_control_of_the_closed_loop(mo
     plain = chain.inputs(side="source").where(split="train")
     share = torch.from_numpy(acts.rows.weight / acts.rows.weight.sum()).float()
     for site, part in closed.items():
-        errors = part.levels[0] - acts.values[site] @ part.reads[0]
+        errors = part.levels[0] + part.origins[0] - acts.values[site] @ part.reads[0]
         mean = (share @ errors) * part.writes[0]
         other = twin[site]
         assert not other.reads.any()
@@ -265,7 +278,7 @@ def test_the_feature_comes_closer_to_its_level_than_without_feedback_of_the_mode
     steered = chain.inputs(fitted.interventions, side="source")
     gaps = []
     for site, part in list(fitted.interventions.items())[1:]:
-        v, level = part.reads[0], part.levels[0]
+        v, level = part.reads[0], part.levels[0] + part.origins[0]
         gaps.append([(level - a.values[site] @ v).abs().mean() for a in (plain, steered)])
     before, after = torch.tensor(gaps).mean(0)
     assert after < 0.8 * before
@@ -290,8 +303,11 @@ def test_scope_all_is_taken_and_rows_of_the_fit_are_kept(model, tmp_path):
     assert steering.where == Where("all")
     acts = Activations.load(tmp_path / "rows")
     assert acts.hash == steering.provenance["recording"]
-    direction, size = feature(acts.where(split="train"), Site(2), acts.behaviours[0])
+    direction, size, origin = feature(acts, Site(2), acts.behaviours[0])
     part = steering.interventions[Site(2)]
+    source = acts.sides(Site(2))[0].double().mean(0)
+    assert part.origins.item() == pytest.approx((direction @ source).item(), abs=1e-4)
+    assert origin == pytest.approx(part.origins.item(), abs=1e-4)
     torch.testing.assert_close(part.reads[0], direction.float())
     assert part.levels.item() == pytest.approx(2 * size)
 
@@ -314,11 +330,12 @@ def test_a_few_neighbouring_blocks_will_do_and_a_low_rank_fit_is_near(model):
     ("fields", "error", "match"),
     [
         ({"r": 0}, InputError, "r=0"),
-        ({"lam": math.nan}, InputError, "lam=nan"),
+        ({"setpoint": math.nan}, InputError, "setpoint=nan"),
         ({"prompts": 0}, InputError, "prompts=0"),
         ({"texts": 0}, InputError, "texts=0"),
         ({"rank": -1}, InputError, "rank=-1"),
         ({"clip": 0.0}, InputError, r"clip=0\.0"),
+        ({"origin": "target"}, UnknownName, "origin 'target'"),
         ({"loop": "half"}, UnknownName, "loop 'half'"),
         ({"dynamics": "linear"}, UnknownName, "dynamics 'linear'"),
     ],
@@ -337,4 +354,4 @@ def test_blocks_that_are_no_neighbours_and_one_alone_are_refused(model):
 
 
 def test_the_levels_are_the_authors():
-    assert LEVELS[0] == 1.0 and LEVELS[-1] == 3.5 and ALQR().lam in LEVELS
+    assert LEVELS[0] == 1.0 and LEVELS[-1] == 3.5 and ALQR().setpoint in LEVELS

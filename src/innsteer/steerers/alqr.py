@@ -16,20 +16,23 @@ from innsteer.site import Site
 from innsteer.steerer import AcrossSites, Chain, Interventions, Steerer, side_means
 
 Loop = Literal["closed", "open"]
+Origin = Literal["source", "zero"]
 LEVELS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
-"""The authors' values of lambda, from refusal (1) to truthfulness (3.5)."""
+"""The authors' values of lambda, the set-point, from refusal (1) to truthfulness (3.5)."""
 
 
 class Feedback(AcrossSites):
-    """h' = h + u,  u = sum_k coef_k (levels_k - reads_k . x) writes_k,  x the block's input.
+    """h' = h + u,  u = sum_k |s_k| (sign(s_k) levels_k + origins_k - reads_k . x) writes_k.
 
-    What is carried from input to output is how far each feature is from its level, ``[tokens, k]``.
-    With ``reads`` of 0 the same u goes to every token: an open loop.
+    x is the block's input and s the strengths. What is carried from input to output is how far each
+    feature is from its level, times |s|: ``[tokens, k]``. With ``reads`` and ``origins`` of 0 the
+    same u goes to every token: an open loop.
 
     Args:
         width: d. k: number of behaviours. clip: the longest u as a share of |h|; None = no limit.
 
-    ``reads`` and ``writes`` ``[k, d]`` (unitless), ``levels`` ``[k]`` in activation units.
+    ``reads`` and ``writes`` ``[k, d]`` are unitless, ``levels`` and ``origins`` ``[k]`` in
+    activation units.
 
     >>> part = Feedback(2)
     >>> part.reads[0, 0], part.writes[0, 1], part.levels[0] = 1, 0.5, 5
@@ -41,23 +44,26 @@ class Feedback(AcrossSites):
     reads: Tensor
     writes: Tensor
     levels: Tensor
+    origins: Tensor
 
     def __init__(self, width: int, k: int = 1, clip: float | None = None) -> None:
         super().__init__()
         self.width, self.carry, self.clip = width, k, clip
         for name in ("reads", "writes"):
             self.register_buffer(name, torch.zeros(k, width))
-        self.register_buffer("levels", torch.zeros(k))
+        for name in ("levels", "origins"):
+            self.register_buffer(name, torch.zeros(k))
 
     def read(self, h_in: Tensor, coef: Tensor, carry: Tensor) -> Tensor:
-        """levels_k - reads_k . x."""
+        """The errors, by strength."""
         # A sum per row, not a product of matrices: that one's rounding depends on the neighbours.
         along = (h_in.unsqueeze(1) * self.reads.to(h_in.dtype)).sum(-1)
-        return self.levels.to(h_in.dtype) - along
+        levels = coef.sign() * self.levels.to(h_in.dtype) + self.origins.to(h_in.dtype)
+        return coef.abs() * (levels - along)
 
     def write(self, h_out: Tensor, coef: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output with the control; the carry as it came."""
-        control = (coef * carry) @ self.writes.to(h_out.dtype)
+        control = carry @ self.writes.to(h_out.dtype)
         if self.clip is not None:
             length = control.norm(dim=-1, keepdim=True).clamp_min(1e-30)
             control = control * (self.clip * h_out.norm(dim=-1, keepdim=True) / length).clamp_max(1)
@@ -67,31 +73,36 @@ class Feedback(AcrossSites):
 class Feature(NamedTuple):
     """What is tracked at a block's input: e = target - source of the means, v = e / mu, mu = |e|.
 
-    ``direction`` ``[d]`` and ``size``; both 0 where the sides have one mean.
+    ``direction`` v ``[d]`` and ``size`` mu, both 0 where the sides have one mean; ``origin``, v of
+    the source mean.
     """
 
     direction: Tensor
     size: float
+    origin: float
 
 
 @dataclass(frozen=True)
 class ALQR(Steerer):
     """Hold a feature at a set-point in every layer, by feedback that a linear regulator chose.
 
-    x' = phi_k(x) + u_k,  u_k = strength * (lam mu_k - v_k . x) K_k v_k   in every block k
+    h' = h + u,  u = strength * (v . o + setpoint mu - v . x) K v   at the output h of every block
 
-    Depth is time: x is a token's row at the block's input, which already holds the edits below, and
-    u is added to the block's output. The feature v_k = e_k / mu_k is the unit difference of the
-    sides' mean rows there and lam mu_k its set-point, so that one number serves all layers
-    (adaptive semantic set-points). K_k are the gains of the finite-horizon regulator for the
-    blocks' Jacobians A_k, meaned over target texts, under the cost q |e|^2 + r |u|^2 and q_f |e|^2
-    at the end (``innsteer.control``). Nothing is trained. A strength scales u, and so the gain: 1
-    is the optimal loop, a negative one drives the feature away from its set-point; lam says where
-    to go. Several behaviours add their u, with gains of one mean Jacobian.
+    Depth is time: x is a token's row at the block's input, which already holds the edits below. The
+    feature v = e / mu is the unit difference e = target - source of the sides' mean rows there, mu
+    its length, and the set-point lies setpoint mu from the origin o, so that one number serves all
+    layers (adaptive semantic set-points). K is the block's gain of the finite-horizon regulator for
+    the blocks' Jacobians A, meaned over target texts, under the cost q |e|^2 + r |u|^2 at every
+    block and q_f |e|^2 at the end (``innsteer.control``). Nothing is trained.
+
+    Strength s scales u, and so the gain: 1 is the optimal loop; ``setpoint`` says where to go. A
+    negative one holds the feature on the other side, at v . o - setpoint mu; -s does not undo s.
+    Far above 1 / v.K v every block overshoots. Several behaviours add their u, with gains of one
+    mean Jacobian.
 
     Scope ``generated`` is A-LQR (the last prompt token and every later one), scope ``all`` A-LQR+.
     Cost: a Jacobian per block, about a text of d tokens per prompt; T solves of d x d; online a
-    dot product and an addition per block, 2 d + 1 floats per block and behaviour. Pairing does not
+    dot product and an addition per block, 2 d + 2 floats per block and behaviour. Pairing does not
     matter; row weights count.
 
     Rows are of the last token of each text; of lone prompts (requests of two kinds) of the prompt's
@@ -102,11 +113,12 @@ class ALQR(Steerer):
 
     Differences from the authors' code: their low-memory path returns the last prompt's Jacobian
     over the number of prompts, and one summed over all positions; here it is the mean, of one
-    position. lam is measured from 0, as theirs.
+    position. Theirs measures set-points from zero, which is ``origin="zero"``.
 
     Attributes:
-        lam: lambda, where to hold the feature in units of mu_k. The authors' values go from 1
-            (refusal) over 2 (toxicity) to 3.5 (truthfulness): ``LEVELS``.
+        setpoint: lambda, how far from the origin features are held, in differences of means. The
+            authors' values go from 1 (refusal) over 2 (toxicity) to 3.5 (truthfulness): ``LEVELS``.
+        origin: ``source``, the source mean, from which 1 is the target mean; or ``zero``, theirs.
         q, r, q_f: prices of the error, the control and the last error; only ratios count. The
             code's defaults; the paper's own go from (0.1, 1, 0.1) over (0.1, 10, 10) to
             (0.2, 7, 0.2) for refusal. A smaller r steers harder.
@@ -130,7 +142,7 @@ class ALQR(Steerer):
     >>> source = torch.zeros(4, 2)
     >>> acts = Activations.of_sides(source, source + torch.tensor([3.0, 0.0]))
     >>> both = replace(acts, values={Site(n): acts.values[acts.site] for n in (0, 1)})
-    >>> part = ALQR(lam=1, q=1, r=1, q_f=1).fit(both)[Site(1)]
+    >>> part = ALQR(setpoint=1, q=1, r=1, q_f=1).fit(both)[Site(1)]
     >>> part.reads.tolist(), part.writes.tolist(), part.levels.tolist()
     ([[1.0, 0.0]], [[0.5, 0.0]], [3.0])
     """
@@ -141,7 +153,8 @@ class ALQR(Steerer):
     trained: ClassVar[bool] = False
     across_sites: ClassVar[bool] = True
 
-    lam: float = 2.0
+    setpoint: float = 2.0
+    origin: Origin = "source"
     q: float = 10.0
     r: float = 10.0
     q_f: float = 1.0
@@ -154,8 +167,14 @@ class ALQR(Steerer):
 
     def __post_init__(self) -> None:
         Weights(self.q, self.r, self.q_f)
-        if not math.isfinite(self.lam):
-            raise InputError(f"lam={self.lam}", expected="a finite number")
+        if not 0 < self.setpoint < math.inf:
+            raise InputError(
+                f"setpoint={self.setpoint}",
+                expected="a finite number above 0",
+                remedy="a negative strength leads the other way",
+            )
+        if self.origin not in get_args(Origin):
+            raise UnknownName("origin", self.origin, get_args(Origin))
         if self.dynamics not in ("jacobian", "identity"):
             raise UnknownName("dynamics", self.dynamics, ("jacobian", "identity"))
         if self.loop not in get_args(Loop):
@@ -210,8 +229,9 @@ class ALQR(Steerer):
         for site, part in fitted.items():
             assert isinstance(part, Feedback)
             for row, behaviour in enumerate(inputs.behaviours):
-                part.reads[row], size = feature(train, site, behaviour)
-                part.levels[row] = self.lam * size
+                part.reads[row], size, origin = feature(train, site, behaviour)
+                part.levels[row] = self.setpoint * size
+                part.origins[row] = origin if self.origin == "source" else 0.0
 
         def block(site: Site) -> Tensor:
             if run is None:
@@ -235,7 +255,8 @@ class ALQR(Steerer):
             share = torch.from_numpy(acts.rows.weight / acts.rows.weight.sum())
             for site, part in fitted.items():
                 assert isinstance(part, Feedback)
-                errors = part.levels[row] - acts.values[site].double() @ part.reads[row].double()
+                level = (part.levels[row] + part.origins[row]).double()
+                errors = level - acts.values[site].double() @ part.reads[row].double()
                 found[site][row] = share @ errors
         return found
 
@@ -245,6 +266,7 @@ class ALQR(Steerer):
         for site, part in fitted.items():
             assert isinstance(part, Feedback)
             part.reads.zero_()
+            part.origins.zero_()
             part.levels.copy_(errors[site])
 
 
@@ -253,7 +275,9 @@ def feature(acts: Activations, site: Site, behaviour: str) -> Feature:
     source, target = side_means(acts, site, behaviour, through=Tensor.double)
     apart = target - source
     size = apart.norm().item()
-    return Feature(apart / size if size else apart, size)
+    # Shorter differences have no direction.
+    direction = apart / size if size >= 1e-6 else torch.zeros_like(apart)
+    return Feature(direction, size, (direction @ source).item())
 
 
 def _above(acts: Activations) -> Activations:
@@ -278,7 +302,8 @@ def _carried(inputs: Activations, fitted: Interventions) -> dict[Site, Tensor]:
         for site, part in fitted.items():
             assert isinstance(part, Feedback)
             mean = side_means(train, site, behaviour, through=Tensor.double)[0] + moved
-            error = part.levels[row].double() - part.reads[row].double() @ mean
+            level = (part.levels[row] + part.origins[row]).double()
+            error = level - part.reads[row].double() @ mean
             moved = moved + error * part.writes[row].double()
             found[site][row] = error
     return found
