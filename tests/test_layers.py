@@ -13,8 +13,8 @@ ROOMS = """
     errors control mixes files site groups formats contrast audit activations fingerprint layout
     smollm2 models flows shelf steerer readouts interventions gating shears training batches hooks
     steerers calibration steering backends metrics suites fitting planning tuning choosing exchange
-    hub interference figures statistics pages standings report judging evaluation comparing
-    integrations demo doctor completing cli
+    hub interference figures statistics pages linearity standings report judging evaluation
+    comparing integrations demo doctor completing cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 

@@ -337,8 +337,14 @@ class Opened:
 
 
 @contextmanager
-def opened(layout: Layout, blocks: Sequence[int], *, leaves: bool = False) -> Iterator[Any]:
-    """Inputs and outputs of blocks, by number; with ``leaves`` each input starts a graph anew."""
+def opened(
+    layout: Layout, blocks: Sequence[int], *, leaves: bool = False, moves: Tensor | None = None
+) -> Iterator[dict[int, Opened]]:
+    """Inputs and outputs of blocks, by number; with ``leaves`` each input starts a graph anew.
+
+    With ``moves`` ``[batch, d]`` of which the first is none, each block gets the first sequence's
+    row in every sequence, moved by these shares of its length.
+    """
     seen = {number: Opened() for number in blocks}
     with ExitStack() as stack:
         for number, one in seen.items():
@@ -347,6 +353,8 @@ def opened(layout: Layout, blocks: Sequence[int], *, leaves: bool = False) -> It
                 _: Any, args: tuple[Any, ...], kwargs: dict[str, Any], one: Opened = one
             ) -> Any:
                 h = args[0] if args else kwargs["hidden_states"]
+                if moves is not None:
+                    h = h[:1] + h[:1].norm(dim=-1, keepdim=True) * moves.to(h)[:, None]
                 one.given = h.detach().requires_grad_() if leaves else h
                 if args:
                     return (one.given, *args[1:]), kwargs
@@ -400,16 +408,24 @@ def mean_products(
         share = torch.tensor([text.record["weight"] / total for text in part])
         with one_row(engine, [text.ids for text in part], list(given)) as seen:
             for block, rows in given.items():
-                found[block] += _products(seen[block], rows, share, side, block)
+                each = products(seen[block], rows, side=side, block=block)
+                found[block] += torch.einsum("bnd,b->nd", each, share.to(each))
     progress("jacobians", len(order), len(order))
     return found
 
 
 @contextmanager
 def one_row(
-    engine: Engine, texts: Sequence[Sequence[int]], blocks: Sequence[int]
+    engine: Engine,
+    texts: Sequence[Sequence[int]],
+    blocks: Sequence[int],
+    *,
+    moves: Tensor | None = None,
 ) -> Iterator[dict[int, Opened]]:
-    """The last token of texts through blocks, differentiable; what precedes it is constant."""
+    """The last token of texts through blocks, differentiable; what precedes it is constant.
+
+    With ``moves`` as of ``opened`` there is one text, and a copy of it for each.
+    """
     ids, mask = engine._pad(texts, side="left")
     places, cache = positions_of(mask), DynamicCache()
     base = engine.model.model.base_model
@@ -421,11 +437,15 @@ def one_row(
             past_key_values=cache,
             use_cache=True,
         )
+    if moves is not None:
+        count = len(moves)
+        cache.batch_repeat_interleave(count)
+        ids, mask, places = (part.expand(count, -1) for part in (ids, mask, places))
     with (
-        torch.enable_grad(),
+        torch.set_grad_enabled(moves is None),
         # The fused kernels have no second derivative, and none that is batched.
         sdpa_kernel(SDPBackend.MATH),
-        opened(engine.model.layout, blocks, leaves=True) as seen,
+        opened(engine.model.layout, blocks, leaves=moves is None, moves=moves) as seen,
     ):
         base(
             ids[:, -1:],
@@ -437,8 +457,11 @@ def one_row(
         yield seen
 
 
-def _products(one: Opened, rows: Tensor, share: Tensor, side: str, block: int) -> Tensor:
-    """``mean_products`` of one block and one batch of texts."""
+def products(one: Opened, rows: Tensor, *, side: str, block: int = 0) -> Tensor:
+    """Rows ``[n, d]`` times a block's Jacobian of each text of the batch: ``[batch, n, d]``.
+
+    x' A from the ``left``, (A x)' from the ``right``.
+    """
     x, y = one.given, one.gave
     try:
         if side == "right":
@@ -450,7 +473,7 @@ def _products(one: Opened, rows: Tensor, share: Tensor, side: str, block: int) -
         for part in torch.split(rows.to(x.device, x.dtype), COTANGENTS):
             each = part[:, None, None].expand(-1, *x.shape[:2], -1)
             (moved,) = torch.autograd.grad(y, x, each, retain_graph=True, is_grads_batched=True)
-            parts.append(torch.einsum("nbd,b->nd", moved[:, :, 0].to(rows), share.to(rows)))
+            parts.append(moved[:, :, 0].to(rows))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0]
         raise LayoutError(
@@ -458,4 +481,16 @@ def _products(one: Opened, rows: Tensor, share: Tensor, side: str, block: int) -
             expected="a block whose output at a token can be differentiated by its input",
             remedy="load the model with attn_implementation='eager', or use another method",
         ) from error
-    return torch.cat(parts)
+    return torch.cat(parts).transpose(0, 1)
+
+
+def perturbed(engine: Engine, ids: Sequence[int], moves: Tensor) -> Tensor:
+    """Every block's output ``[blocks, n, d]`` at a text's last token, its input there moved.
+
+    Args:
+        moves: ``[n, d]``, in units of the row's length. Each block gets the unperturbed row and a
+            move of its own, whatever the block below gave.
+    """
+    layers = list(range(len(engine.model.layout.blocks)))
+    with one_row(engine, [ids], layers, moves=moves) as seen:
+        return torch.stack([seen[k].gave[:, 0].float().cpu() for k in layers])
