@@ -169,6 +169,22 @@ def test_behaviours_are_fitted_added_tuned_and_mixed(run, home):
     assert "`owns`: " in card and 'steering.on(model, {"owns": 1.0})' in card
 
 
+def test_linearity_reports_on_a_model_and_on_a_steering_of_it(run, home):
+    (home / "asked.txt").write_text("What is tea?\n\nIs it late?\n")
+    words = ("linearity", "--prompts", "asked.txt")
+    code, out, err = run(*words, "-m", "model", "-o", "linear")
+    assert code == 0 and "leading subspaces" in out and "report: linear" in out, err
+    assert following(out)[:4] == ["fit", "critical", "--method", "alqr"]
+    assert (home / "linear" / "linearity.html").is_file()
+    fit = ("fit", "mine.jsonl", "-m", "model", "--method", "alqr", "--set", "prompts=2")
+    assert run(*fit, "-o", "loop")[0] == 0
+    with_loop = (*words, "--steering", "loop", "--data", "mine.jsonl", "-o", "bound", "--json")
+    code, out, err = run(*with_loop)
+    assert code == 0, err
+    found = json.loads(out)
+    assert found["linearity"]["prompts"] == 2 and len(found["tracking"]["bound"]) == 4
+
+
 def test_a_plan_says_what_the_proposed_fit_takes(run, home):
     words = ["mine.jsonl", "-m", "model", "--method", "diffmean", "--layers", "1"]
     code, out, err = run("plan", *words, "--no-measure")
@@ -456,6 +472,8 @@ BAD = {
         "2 behaviours at several layers",
     ),
     "interference of one": (["interference", "tuned", "mine.jsonl", "-m", "model"], "two or more"),
+    "a bound of nothing": (["linearity", "-o", "x", "--steering", "tuned"], "without its data"),
+    "data of no steering": (["linearity", "-o", "x", "--data", "mine.jsonl"], "without a steering"),
     "not to be extended": (
         ["extend", "tuned", "yours.jsonl", "-m", "model"],
         "another behaviour for a map of",

@@ -239,3 +239,8 @@ def test_a_plan_refuses_what_the_fit_would_refuse(model, data):
             act(model, data, "condgrad", read="last")
         with pytest.raises(InputError, match="the behaviours mine, mine"):
             act(model, [data, data], "diffmean")
+
+
+def test_a_fit_on_jacobians_is_not_rehearsed(model, data):
+    with pytest.raises(InputError, match="'alqr', which is fitted on Jacobians"):
+        plan(model, data, "alqr")

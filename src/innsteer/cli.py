@@ -799,6 +799,52 @@ def interference(
 
 
 @app.command()
+def linearity(
+    to: Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")],
+    model: MODEL = "",
+    prompts: Annotated[
+        str, typer.Option(help="File with a column prompt, or lines; default: neutral ones.")
+    ] = "",
+    most: Annotated[int, typer.Option(min=2, help="Prompts to measure at most.")] = 8,
+    steering: Annotated[
+        str, typer.Option(help="An alqr steering: its tracking error beside its bound.")
+    ] = "",
+    data: Annotated[str, typer.Option(help="What that steering was fitted on.")] = "",
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Report how linear each block of a model is, and how far feedback is from its plan."""
+    from dataclasses import asdict
+
+    from innsteer import linearity as linear
+    from innsteer.steering import Steering
+
+    if bool(steering) != bool(data):
+        raise InputError(
+            "a steering without its data" if steering else "data without a steering",
+            expected="--steering and --data together, or neither",
+        )
+    require_absent(to)
+    fitted = Steering.load(steering) if steering else None
+    asked = linear.prompts(prompts or None, most)
+    contrast = _contrast(data) if data else None
+    with Bars(as_json) as progress:
+        chosen = _base(fitted, model) if fitted else _load(model or "smollm2")
+        found = linear.linearity(chosen, asked, seed=seed, progress=progress)
+        tracked = None
+        if fitted and contrast:
+            tracked = linear.tracking(chosen, fitted, contrast, seed=seed, progress=progress)
+    linear.save(to, found, tracked, prompts=prompts or "the package's neutral ones")
+    facts = {"linearity": asdict(found)} | ({"tracking": asdict(tracked)} if tracked else {})
+    if as_json:
+        _print_json(facts | {"report": str(to)})
+        return
+    out.print(_escape(linear.text(found, tracked)))
+    out.print(f"\nreport: {_escape(str(to / 'linearity.html'))}")
+    _next(_command("fit", "critical", "--method", "alqr", "--out", "my-steering", *_of(model)))
+
+
+@app.command()
 def inspect(steering: STEERING, as_json: JSON = False) -> None:
     """Show what a steering is, and whether its files are whole."""
     from innsteer.steering import Steering

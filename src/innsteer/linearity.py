@@ -24,9 +24,11 @@ from innsteer.control import error_bound
 from innsteer.errors import InputError
 from innsteer.files import fresh_folder, write_json, write_text
 from innsteer.fitting import linearised
+from innsteer.formats import decoded, is_readable, read_file, unpacked
 from innsteer.models import LanguageModel
 from innsteer.steerers.alqr import ALQR, Feedback
 from innsteer.steering import Steering
+from innsteer.suites import behaviour as suites
 
 SCALES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Lengths of a perturbation, as shares of the row that is perturbed."""
@@ -80,6 +82,21 @@ class Tracking:
     bound: list[float]
     above: list[float]
     lipschitz: list[float]
+
+
+def prompts(path: str | Path | None, most: int) -> list[str]:
+    """Prompts of a table with a column ``prompt``, or a text's lines; None: the neutral ones.
+
+    Raises:
+        DataError: the file or one of its rows cannot be used.
+    """
+    if path is None:
+        return [str(one.conversation) for one in suites.neutral("validation")[:most]]
+    place = Path(path).expanduser()
+    if is_readable(place) and ".txt" not in place.suffixes:
+        return [row.text("prompt") for row in read_file(place)[:most]]
+    lines = decoded(unpacked(place), str(place)).splitlines()
+    return [line for line in lines if line.strip()][:most]
 
 
 def linearity(

@@ -130,6 +130,12 @@ def plan(
     """
     steerer = get(method, **fields) if isinstance(method, str) else method
     contrasts = each(contrast)
+    if "jacobians" in steerer.needs:
+        raise InputError(
+            f"a plan of {steerer.name!r}, which is fitted on Jacobians",
+            expected="a method that is fitted on rows, or trained",
+            remedy="fit it with --set prompts=1 and time that: Jacobians go by the prompt",
+        )
     backend = Rehearsal(model, draw=measure)
     if steerer.through:
         if read is not None or span != (0, None):
