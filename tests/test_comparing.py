@@ -221,6 +221,25 @@ def test_a_rule_of_its_own_among_layers_is_kept_and_has_a_form_at_one(model, tmp
         assert len(record["evaluations"]) == 9 and record["tested"]["both"]["items"]["alignment"]
 
 
+def test_loops_contend_with_their_twin_on_rows_of_one_chain(model, tmp_path, monkeypatch):
+    made = []
+    real = comparing.linearised
+
+    def counted(*args, **how):
+        made.append(real(*args, **how))
+        return made[-1]
+
+    monkeypatch.setattr(comparing, "linearised", counted)
+    rows = [Contender.of("alqr", prompts=2), Contender.of("alqr", prompts=2, loop="open")]
+    found = comparison(model, tmp_path, *rows)
+    found.run()
+    assert len(made) == 1
+    for record in found.found():
+        assert record["input"] == "model" and len(record["sites"]) == 4, record
+        assert record["tested"] or record["unmet"]
+        assert len(record["evaluations"]) == SMALL["evaluations"]
+
+
 def test_a_lora_contends_by_its_scale_and_leaves_the_model_as_it_was(model, tmp_path):
     before = {name: value.clone() for name, value in model.model.state_dict().items()}
     rows = [Contender.of("unsteered"), Contender.of("diffmean")]

@@ -9,10 +9,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from innsteer.backends.hf import HF
 from innsteer.backends.local import Local, Read, mean_jacobians, mean_products, opened
 from innsteer.backends.memo import Memo
+from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError, LayoutError
+from innsteer.interventions import Shift
 from innsteer.models import LanguageModel
 from innsteer.site import Site
+from innsteer.steerer import Interventions
 from tiny import ARCHITECTURES, tiny_language_model, tiny_tokenizer
 
 LAYERS = (Site(0), Site(1), Site(2))
@@ -160,17 +163,15 @@ def test_rows_are_what_goes_into_the_blocks_and_hold_the_edits_below():
                 a.where(split="train").sides(at)[side] for a, at in ((acts, site), (outputs, below))
             ]
             torch.testing.assert_close(*sides, rtol=1e-5, atol=1e-5)
-    shift = innsteer_shift(Site(0))
+    shift = half(Site(0))
     moved = run.inputs(shift)
     torch.testing.assert_close(moved.values[Site(0)], acts.values[Site(0)], rtol=0, atol=0)
     gap = moved.values[Site(1)] - acts.values[Site(1)]
     torch.testing.assert_close(gap, torch.full_like(gap, 0.5), rtol=0, atol=1e-5)
 
 
-def innsteer_shift(site: Site):
-    from innsteer.interventions import Shift
-    from innsteer.steerer import Interventions
-
+def half(site: Site) -> Interventions:
+    """A shift by 0.5 in every dimension."""
     part = Shift(32)
     part.shifts.fill_(0.5)
     return Interventions({site: part})
@@ -279,3 +280,12 @@ def test_a_block_that_cannot_be_differentiated_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(attention, "forward", lambda h, **how: own(h.detach(), **how))
     with pytest.raises(LayoutError, match="block 1 cannot be linearised"):
         mean_jacobians(HF(model), texts(5), [1])
+
+
+def test_a_run_through_the_model_sees_the_same_chain():
+    engine, own = HF(tiny_language_model()), contrast()
+    run = Through(engine, [own], LAYERS)
+    alone = Local(engine, [own.train], LAYERS)
+    for site in LAYERS:
+        assert torch.equal(run.inputs().values[site], alone.inputs().values[site])
+    assert torch.equal(run.jacobian(1, prompts=3), alone.jacobian(1, prompts=3))
