@@ -19,6 +19,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ import suites as looks
 from innsteer import __version__, linearity, load_model, suites
 from innsteer.backends.base import Completion
 from innsteer.backends.hf import HF
-from innsteer.comparing import Comparison, Contender
+from innsteer.comparing import Comparison, Contender, Protocol
 from innsteer.contrast import Contrast
 from innsteer.files import read_json, write_json
 from innsteer.fitting import fit
@@ -63,11 +64,15 @@ ARMS = [
 """The closed loop, what it is compared with, and CAA last."""
 LEVELS = [Contender.of("alqr", setpoint=level) for level in (1.0, 1.5, 2.5, 3.0, 3.5)]
 """The other set-points of the authors' grid."""
-STAGES = ("linearity", "fit", "overhead", "compare", "displacement")
+STAGES = ("linearity", "fit", "overhead", "small", "compare", "displacement")
+PARTS = {"train": 150, "validation": 40, "test": 80}
+SMALL = {"evaluations": 6, "items": 40, "search_tokens": 200, "answers": 8, "layers": (14,)}
+"""Of the stage ``small``: a first look, no ranking."""
 TAKES = {
     "linearity": "30 Jacobians of 8 prompts: about 3 minutes of one quiet core",
     "fit": "50 prompts and 200 texts a side: about 6 minutes of one quiet core",
     "overhead": "two batch sizes, 12 rounds: about 4 minutes",
+    "small": "one task, parts of it, Jacobians of 10 prompts, 6 evaluations: about 20 minutes",
     "compare": "a task: its unsteered part (10 minutes), then 5 rows (3 fits of 6 minutes) and 5 "
     "set-points; about 2 hours of one quiet core",
     "displacement": "a task: 5 fits and 6 measures each; about 40 minutes of one quiet core",
@@ -94,9 +99,10 @@ def linear(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
         linearity.save(report, found, model=backend.model.name)
     figures = []
     for n, scale in enumerate(found.scales):
-        for name, rows in (("a prompt's own", found.own), ("the mean", found.shared)):
+        ways = ("a prompt's own Jacobian", "the mean Jacobian", "the identity")
+        for name, rows in zip(ways, (found.own, found.shared, found.identity), strict=True):
             values = [row[n] for row in rows]
-            told = f"missed by {name} Jacobian at {scale:g} of the row, median of blocks"
+            told = f"missed by {name} at {scale:g} of the row, median of blocks"
             ends = (min(values), max(values))
             value = float(np.median(values))
             figures.append(figure(told, value, "", "share", len(values), *ends))
@@ -181,6 +187,48 @@ def overhead(backend: HF, tasks: Sequence[Contrast], rounds: int = 12) -> list[F
     return found
 
 
+def small(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
+    """A first look at the persona task, cut; few evaluations, CAA at one layer."""
+    items = [
+        item for part, most in PARTS.items() for item in tasks[0].part(part).subset(most).items
+    ]
+    task = replace(tasks[0], items=tuple(items))
+    loops = [Contender.of("alqr", prompts=10), Contender.of("alqr", prompts=10, loop="open")]
+    others = [
+        Contender.of("diffmean"),
+        Contender.of("pid"),
+        Contender.of("alqr", dynamics="identity"),
+        Contender.of("unsteered"),
+        Contender.of("random-direction"),
+    ]
+    rows = Comparison(
+        backend,
+        [task],
+        WORK / "small",
+        contenders=[*loops, *others],
+        protocol=Protocol.of(backend.model, **SMALL),
+    )
+
+    def told(stage: str, done: int, total: int) -> None:
+        say(stage, done, total)
+        if rows.found():
+            save("small", ahead(rows.found(), loops[0].name, "a first look, "), 0)
+
+    rows.run(progress=told)
+    return ahead(rows.found(), loops[0].name, "a first look, ")
+
+
+def ahead(found: Sequence[dict[str, Any]], against: str, lead: str = "") -> list[Figure]:
+    """Control of every row at each budget, and what the closed loop is ahead by, paired."""
+    if against not in {one["contender"] for one in found}:
+        return []
+    figures = list(comparison.figures(standings(list(found), against=against)))
+    for one in figures:
+        name = one["figure"].replace("INNSteer ahead by", "the closed loop ahead by")
+        one["figure"] = lead + name
+    return figures
+
+
 def compared(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
     """The common budget: what the closed loop is ahead by, with intervals."""
     rows = Comparison(
@@ -195,11 +243,7 @@ def compared(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
         },
     )
     rows.run(progress=say)
-    found = rows.found()
-    figures = list(comparison.figures(standings(found, against=CLOSED.name)))
-    for one in figures:
-        one["figure"] = one["figure"].replace("INNSteer ahead by", "the closed loop ahead by")
-    return figures
+    return ahead(rows.found(), CLOSED.name)
 
 
 def displaced(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
@@ -330,7 +374,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     backend, tasks = HF(load_model("smollm2")), tasks_of(asked.data)[: asked.tasks]
-    ways = dict(zip(STAGES, (linear, fitted, overhead, compared, displaced), strict=True))
+    ways = dict(zip(STAGES, (linear, fitted, overhead, small, compared, displaced), strict=True))
     for name in chosen:
         started = time.perf_counter()
         save(name, ways[name](backend, tasks), time.perf_counter() - started)

@@ -57,7 +57,8 @@ def test_small_steps_are_linear_and_large_ones_are_not(found):
 
 def test_the_shared_map_misses_more_and_one_prompt_alone_nothing_more(model, found):
     own, shared = torch.tensor(found.own)[:, 0], torch.tensor(found.shared)[:, 0]
-    assert (shared > 2 * own).all()
+    identity = torch.tensor(found.identity)[:, 0]
+    assert (shared > 2 * own).all() and (identity > 1.1 * shared).all()
     twice = linearity.linearity(model, PROMPTS[:1] * 2, scales=(0.1,))
     torch.testing.assert_close(torch.tensor(twice.own), torch.tensor(twice.shared))
     assert twice.alignment == pytest.approx([1.0] * 4, abs=1e-4)

@@ -45,7 +45,8 @@ class Linearity:
         model: its name. prompts: how many; each was read at its last token. width: d.
         scales: |delta| as shares of the row. own: by block and scale, the mean over prompts and
             random directions of |phi(x + delta) - phi(x) - A delta| / |phi(x + delta) - phi(x)|
-            with A of that very prompt; 0 = linear. shared: the same with the mean A of all prompts.
+            with A of that very prompt; 0 = linear. shared: the same with the mean A of all prompts;
+            identity: with I, the residual stream alone, which any A should beat.
         alignment: mean over pairs of prompts of |U' V|^2 / r, for the leading r = ``RANK`` output
             directions U and V of their Jacobians; 1 = the same subspace. chance: r / d.
     """
@@ -56,6 +57,7 @@ class Linearity:
     scales: tuple[float, ...]
     own: list[list[float]]
     shared: list[list[float]]
+    identity: list[list[float]]
     alignment: list[float]
     chance: float
 
@@ -151,9 +153,11 @@ def linearity(
     progress("linearity", len(texts), len(texts))
     own: list[list[float]] = []
     shared: list[list[float]] = []
+    identity: list[list[float]] = []
     for k in layers:
         mean = torch.stack([one[k] for one in went]).mean(0)
-        for found, maps in ((own, [one[k] for one in went]), (shared, [mean] * len(texts))):
+        ways = (own, [one[k] for one in went]), (shared, [mean] * len(texts))
+        for found, maps in (*ways, (identity, [looks] * len(texts))):
             ratios = torch.stack(
                 [
                     _missed(moved[n][k], sizes[n][k] * torch.tensor(scales), maps[n])
@@ -168,6 +172,7 @@ def linearity(
         scales=tuple(scales),
         own=own,
         shared=shared,
+        identity=identity,
         alignment=[_alignment([one[k] for one in bases]) for k in layers],
         chance=min(RANK, width) / width,
     )
@@ -307,12 +312,13 @@ def text(found: Linearity, tracked: Tracking | None = None) -> str:
         "",
         "block  own A at "
         + "  ".join(f"{scale:>6g}" for scale in found.scales)
-        + f"  mean A at {middle:g}  alignment",
+        + f"  mean A at {middle:g}  I at {middle:g}  alignment",
     ]
     for k, own in enumerate(found.own):
         cells = "  ".join(f"{value:6.3f}" for value in own)
         lines.append(
-            f"{k:>5}           {cells}  {found.shared[k][place]:>11.3f}  {found.alignment[k]:9.2f}"
+            f"{k:>5}           {cells}  {found.shared[k][place]:>13.3f}"
+            f"  {found.identity[k][place]:>8.3f}  {found.alignment[k]:9.2f}"
         )
     if tracked is not None:
         lines += ["", "block  error plain  steered  predicted  bound  above it"]
@@ -327,14 +333,16 @@ def finding(found: Linearity) -> str:
     """The sentence on top."""
     middle = min(found.scales, key=lambda scale: abs(scale - 0.1))
     place = found.scales.index(middle)
-    own, shared = (
-        float(np.median([row[place] for row in rows])) for rows in (found.own, found.shared)
+    own, shared, identity = (
+        float(np.median([row[place] for row in rows]))
+        for rows in (found.own, found.shared, found.identity)
     )
     return (
         f"Moved by {middle:g} of its length, the median block of {found.model} misses its own "
         f"linear prediction by {own:.1%} of what it does, and that of the mean Jacobian by "
-        f"{shared:.1%}; leading subspaces of two prompts align at "
-        f"{float(np.median(found.alignment)):.2f} (chance {found.chance:.2f})."
+        f"{shared:.1%}, where the residual stream alone misses {identity:.1%}; "
+        f"leading subspaces of two prompts align at {float(np.median(found.alignment)):.2f} "
+        f"(chance {found.chance:.2f})."
     )
 
 
@@ -360,6 +368,9 @@ def page(found: Linearity, tracked: Tracking | None, context: Mapping[str, Any])
         for n, scale in enumerate(found.scales)
     ]
     middle = found.scales.index(min(found.scales, key=lambda scale: abs(scale - 0.1)))
+    errors.append(
+        _line("identity, 0.1", blocks, [r[middle] for r in found.identity], "var(--muted)", "dot")
+    )
     errors.append(
         _line("mean Jacobian, 0.1", blocks, [r[middle] for r in found.shared], "var(--ink)", "dash")
     )
