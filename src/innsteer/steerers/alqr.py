@@ -58,8 +58,8 @@ class Feedback(AcrossSites):
         """The errors, by strength."""
         # A sum per row, not a product of matrices: that one's rounding depends on the neighbours.
         along = (h_in.unsqueeze(1) * self.reads.to(h_in.dtype)).sum(-1)
-        levels = coef.sign() * self.levels.to(h_in.dtype) + self.origins.to(h_in.dtype)
-        return coef.abs() * (levels - along)
+        apart = self.origins.to(h_in.dtype) - along
+        return coef.abs() * apart + coef * self.levels.to(h_in.dtype)
 
     def write(self, h_out: Tensor, coef: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output with the control; the carry as it came."""
