@@ -100,6 +100,29 @@ def test_feedback_brings_the_feature_nearer_and_the_bound_holds_where_it_was_est
     assert max(bare.above) > max(tracked.above)
 
 
+def test_the_bound_takes_the_largest_ratio_that_half_of_the_texts_show(model, fitted, monkeypatch):
+    asked = []
+    real = linearity.error_bound
+    monkeypatch.setattr(
+        linearity, "error_bound", lambda *given: asked.append(real(*given)) or asked[-1]
+    )
+    tracked = linearity.tracking(model, fitted, CHOICE)
+    chain, maps = fitting.linearised(model, CHOICE), fitted.interventions
+    plain, steered = (chain.inputs(one, side="source") for one in (None, maps))
+    for site, above, told in zip(maps, list(maps)[1:], tracked.lipschitz, strict=False):
+        part = maps[site]
+        x = steered.values[site]
+        moved, after = (steered.values[s] - plain.values[s] for s in (site, above))
+        u = (part.levels + part.origins - x @ part.reads[0])[:, None] * part.writes[0]
+        left = after - moved @ chain.jacobian(site.layer, prompts=9).mT - u
+        ratios = (left.norm(dim=1) / moved.norm(dim=1))[::2]
+        wanted = ratios.max().item() if moved.any() else 0.0
+        assert told == pytest.approx(wanted, rel=1e-3)
+    assert tracked.lipschitz[-1] > 0
+    for n, bound in enumerate(tracked.bound):
+        assert bound == pytest.approx(tracked.predicted[n] + asked[0].read[n].mean())
+
+
 def _nothing(closed, lipschitz, moves, reads):
     from innsteer.control import error_bound
 
