@@ -182,7 +182,7 @@ def test_linearity_reports_on_a_model_and_on_a_steering_of_it(run, home):
     code, out, err = run(*with_loop)
     assert code == 0, err
     found = json.loads(out)
-    assert found["linearity"]["prompts"] == 2 and len(found["tracking"]["bound"]) == 4
+    assert found["linearity"]["prompts"] == 2 and len(found["tracking"]["bound"]) == 3
 
 
 def test_a_plan_says_what_the_proposed_fit_takes(run, home):

@@ -235,7 +235,7 @@ def test_loops_contend_with_their_twin_on_rows_of_one_chain(model, tmp_path, mon
     found.run()
     assert len(made) == 1
     for record in found.found():
-        assert record["input"] == "model" and len(record["sites"]) == 4, record
+        assert record["input"] == "model" and len(record["sites"]) == 3, record
         assert record["tested"] or record["unmet"]
         assert len(record["evaluations"]) == SMALL["evaluations"]
 

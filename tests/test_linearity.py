@@ -88,7 +88,7 @@ def test_feedback_brings_the_feature_nearer_and_the_bound_holds_where_it_was_est
     model, fitted, monkeypatch
 ):
     tracked = linearity.tracking(model, fitted, CHOICE)
-    assert tracked.layers == [0, 1, 2, 3] and len(tracked.lipschitz) == 3
+    assert tracked.layers == [1, 2, 3] and len(tracked.lipschitz) == 2
     assert tracked.error[0] == pytest.approx(tracked.plain[0])  # nothing was edited below
     assert sum(tracked.error[1:]) < sum(tracked.plain[1:])
     for bound, predicted in zip(tracked.bound, tracked.predicted, strict=True):

@@ -84,7 +84,7 @@ def test_a_control_is_the_missing_part_of_the_level_along_the_gain():
 def test_two_concepts_add_their_controls():
     acts = of_gaps(torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)), k=2)
     chain = torch.eye(5) + 0.2 * torch.randn(3, 5, 5, generator=torch.Generator().manual_seed(1))
-    both = ALQR().fit_through(Given(acts, chain))
+    both = ALQR(lowest=0).fit_through(Given(acts, chain))
     x = torch.randn(4, 5, generator=torch.Generator().manual_seed(2))
     for site, part in both.items():
         moved = []
@@ -94,7 +94,7 @@ def test_two_concepts_add_their_controls():
         torch.testing.assert_close(moved[0] + moved[1], moved[2], rtol=0, atol=1e-5)
         for row, name in enumerate(acts.behaviours):
             alone = replace(acts.where(behaviour=name), behaviours=(name,))
-            own = ALQR().fit_through(Given(alone, chain))[site]
+            own = ALQR(lowest=0).fit_through(Given(alone, chain))[site]
             torch.testing.assert_close(own.writes[0], both[site].writes[row])
 
 
@@ -120,7 +120,7 @@ def test_a_clipped_control_keeps_its_direction_and_is_no_longer_than_its_share()
 
 def test_set_points_are_lambda_lengths_of_each_layers_own_contrast():
     gaps = torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]], [[0.0, -2.0]]])
-    maps = ALQR(setpoint=3).fit_through(Given(of_gaps(gaps), [torch.eye(2)] * 3))
+    maps = ALQR(lowest=0, setpoint=3).fit_through(Given(of_gaps(gaps), [torch.eye(2)] * 3))
     first, second, last = (maps[Site(n)] for n in range(3))
     torch.testing.assert_close(first.reads, torch.tensor([[0.6, 0.8]]))
     assert first.levels.item() == 15.0 and last.levels.item() == 6.0
@@ -132,7 +132,7 @@ def test_set_points_lie_beyond_the_source_mean_or_zero():
     acts = of_gaps(torch.tensor([[[2.0, 0.0]]]))
     acts = replace(acts, values={Site(0): acts.values[Site(0)] + torch.tensor([5.0, 1.0])})
     for origin, at in (("source", 5.0), ("zero", 0.0)):
-        maps = ALQR(setpoint=1, origin=origin).fit_through(Given(acts, [torch.eye(2)]))
+        maps = ALQR(lowest=0, setpoint=1, origin=origin).fit_through(Given(acts, [torch.eye(2)]))
         assert maps[Site(0)].origins.item() == at and maps[Site(0)].levels.item() == 2.0
 
 
@@ -141,8 +141,8 @@ def test_gains_are_the_regulators_along_each_layers_feature():
     gaps = torch.randn(4, 1, 6, generator=draw)
     chain = torch.eye(6) + 0.3 * torch.randn(4, 6, 6, generator=draw)
     steps = horizon(chain.numpy(), Weights(0.2, 7, 0.2))
-    jacobian = ALQR(q=0.2, r=7, q_f=0.2).fit_through(Given(of_gaps(gaps), chain))
-    identity = ALQR(q=0.2, r=7, q_f=0.2, dynamics="identity").fit_through(
+    jacobian = ALQR(lowest=0, q=0.2, r=7, q_f=0.2).fit_through(Given(of_gaps(gaps), chain))
+    identity = ALQR(lowest=0, q=0.2, r=7, q_f=0.2, dynamics="identity").fit_through(
         Given(of_gaps(gaps), None)
     )
     numbers = horizon([[[1.0]]] * 4, Weights(0.2, 7, 0.2))
@@ -161,7 +161,7 @@ def test_steered_logits_are_the_authors(shared, lam, scope):
     """A-LQR on the last token, and A-LQR+ on all: fields, gains and hooks together."""
     own, known = official(shared)
     run = Given(of_gaps(known["E"][:, None]), known["A_mean"])
-    maps = ALQR(setpoint=lam, origin="zero", **PRICES).fit_through(run)
+    maps = ALQR(lowest=0, setpoint=lam, origin="zero", **PRICES).fit_through(run)
     for n, part in maps.items():
         wanted = known["K"][n.layer] @ part.reads[0]
         torch.testing.assert_close(part.writes[0], wanted, rtol=0, atol=1e-4)
@@ -177,7 +177,7 @@ def test_steered_logits_are_the_authors(shared, lam, scope):
 
 def test_the_controller_sees_upstream_edits_as_the_authors_does(shared):
     own, known = official(shared)
-    maps = ALQR(setpoint=2, origin="zero", **PRICES).fit_through(
+    maps = ALQR(lowest=0, setpoint=2, origin="zero", **PRICES).fit_through(
         Given(of_gaps(known["E"][:, None]), known["A_mean"])
     )
     blocks, seen = own.layout.blocks, []
@@ -248,7 +248,9 @@ def test_the_twin_of_rows_alone_goes_where_the_closed_loop_goes_on_its_mean_row(
 
 
 def test_a_fit_steers_all_blocks_and_comes_back_from_disk(model, fitted, tmp_path):
-    assert list(fitted.interventions) == [Site(n) for n in range(4)]
+    assert list(fitted.interventions) == [Site(n) for n in range(1, 4)]
+    every = fitting.fit(model, OPEN, "alqr", dynamics="identity", lowest=0).interventions
+    assert list(every) == [Site(n) for n in range(4)]
     again = Steering.load(fitted.save(tmp_path / "steering"))
     assert again.identity == fitted.identity
     ids = torch.arange(5, 17)[None]
@@ -333,6 +335,7 @@ def test_a_few_neighbouring_blocks_will_do_and_a_low_rank_fit_is_near(model):
         ({"setpoint": math.nan}, InputError, "setpoint=nan"),
         ({"prompts": 0}, InputError, "prompts=0"),
         ({"texts": 0}, InputError, "texts=0"),
+        ({"lowest": -1}, InputError, "lowest=-1"),
         ({"rank": -1}, InputError, "rank=-1"),
         ({"clip": 0.0}, InputError, r"clip=0\.0"),
         ({"origin": "target"}, UnknownName, "origin 'target'"),
@@ -347,7 +350,9 @@ def test_fields_out_of_range_are_refused(fields, error, match):
 
 def test_blocks_that_are_no_neighbours_and_one_alone_are_refused(model):
     with pytest.raises(InputError, match=r"0\.residual, 2\.residual.*neighbouring"):
-        fitting.fit(model, OPEN, "alqr", sites=[Site(0), Site(2)])
+        fitting.fit(model, OPEN, "alqr", sites=[Site(0), Site(2)], lowest=0)
+    with pytest.raises(InputError, match=r"lowest=1 above all of the sites 0\.residual"):
+        fitting.fit(model, OPEN, "alqr", sites=[Site(0)])
     acts = Activations.of_sides(torch.zeros(2, 3), torch.ones(2, 3))
     with pytest.raises(InputError, match="alone"):
         ALQR().fit(acts)

@@ -126,6 +126,8 @@ class ALQR(Steerer):
         dynamics: ``jacobian`` or ``identity``: what K knows of the blocks.
         prompts: target texts that a Jacobian is meaned over, drawn by the seed. rank: 0 = exact, or
             the rank of a low-rank map A - I, whose error ``Local.low_rank`` tells.
+        lowest: the first block that is steered. The paper steers from block 0 on, whose input is
+            the token's embedding, alike in all contexts; vLLM cannot serve that one.
         loop: ``closed``, or ``open``: the twin without feedback, which adds at each block the mean
             u that the closed loop had on source texts, whatever the row.
         clip: the longest u as a share of the row's length, > 0; None = no limit.
@@ -162,6 +164,7 @@ class ALQR(Steerer):
     texts: int = 200
     prompts: int = 50
     rank: int = 0
+    lowest: int = 1
     loop: Loop = "closed"
     clip: float | None = None
 
@@ -179,7 +182,7 @@ class ALQR(Steerer):
             raise UnknownName("dynamics", self.dynamics, ("jacobian", "identity"))
         if self.loop not in get_args(Loop):
             raise UnknownName("loop", self.loop, get_args(Loop))
-        for name, least in (("texts", 1), ("prompts", 1), ("rank", 0)):
+        for name, least in (("texts", 1), ("prompts", 1), ("rank", 0), ("lowest", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}", expected=f"at least {least}")
         if self.clip is not None and not 0 < self.clip < math.inf:
@@ -193,7 +196,7 @@ class ALQR(Steerer):
 
     def fit(self, acts: Activations, *, seed: int = 0) -> Interventions:
         """Fitted in float64, stored in float32, with every block for the identity; no seed."""
-        inputs = _above(acts)
+        inputs = self._kept(_above(acts))
         fitted = self._loops(inputs, None)
         if self.loop == "open":
             self._open(fitted, _carried(inputs, fitted))
@@ -201,7 +204,7 @@ class ALQR(Steerer):
 
     def fit_through(self, run: Chain, *, seed: int = 0) -> Interventions:
         """Fitted on Jacobians; the seed draws the texts that they are meaned over."""
-        acts = run.inputs(most=self.texts, seed=seed)
+        acts = self._kept(run.inputs(most=self.texts, seed=seed))
         _check_neighbours(acts.sites)
         fitted = self._loops(acts, run if self.dynamics == "jacobian" else None, seed)
         if self.loop == "open":
@@ -221,6 +224,17 @@ class ALQR(Steerer):
         if self.loop == "open":
             return {}
         return {"correction": along.mean().item(), "straight": cosine.mean().item()}
+
+    def _kept(self, inputs: Activations) -> Activations:
+        """Rows of the blocks that are steered."""
+        sites = [site for site in inputs.sites if site.layer >= self.lowest]
+        if not sites:
+            raise InputError(
+                f"lowest={self.lowest} above all of the sites {', '.join(map(str, inputs.sites))}",
+                expected="a block among them",
+                remedy="set lowest=0 to steer from the first block on",
+            )
+        return inputs.at(*sites)
 
     def _loops(self, inputs: Activations, run: Chain | None, seed: int = 0) -> Interventions:
         """Closed loops for rows at the blocks' inputs, by the run's Jacobians or without any."""
