@@ -8,7 +8,7 @@ import tiny
 from innsteer.interventions import Edit, Shift
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Where
-from innsteer.steerer import AcrossSites, Intervention, Interventions
+from innsteer.steerer import AcrossSites, AcrossTokens, Intervention, Interventions
 
 
 def shift(model: LanguageModel, *sites: Site, k: int = 1, seed: int = 0) -> Interventions:
@@ -40,6 +40,49 @@ class Told(Intervention):
 
     def displacement(self, h, coef, context=None):
         return coef * context
+
+
+class Recall(AcrossTokens):
+    """h' = h + coef * (mean of the edited rows so far, itself included, + a number for the text).
+
+    It shows what it was told and what it remembers: a cache that lost, mixed up or made up a row
+    gives other numbers.
+    """
+
+    asks = ("concept",)
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("turn", 0.1 * torch.randn(width, width, generator=_dice(3)))
+
+    def prepare(self, parameters, encode):
+        return {"mean": encode(parameters["concept"], 1).mean(0, keepdim=True)}
+
+    def move(self, h, coef, tokens):
+        keys, values = tokens.remember("rows", h @ self.turn.to(h.dtype), h)
+        weight = torch.tanh(tokens.lay(h) @ keys.mT) * tokens.mask
+        told = tokens.memory["mean"][tokens.request, 0].to(h.dtype)
+        return coef * (0.3 * tokens.take(weight @ values) + told)
+
+
+def recall(model, *sites):
+    """Maps across tokens at sites."""
+    return Interventions(
+        {site: Recall(model.layout.width_of(site)) for site in sites or (Site(1),)}
+    )
+
+
+def asked(model, concepts, coef=1.0, where="all", *sites):
+    """An Edit of maps across tokens; one concept, or one per sequence."""
+    rows = torch.tensor([coef]) if not isinstance(coef, list) else torch.tensor(coef)[:, None]
+    told = (concepts,) if isinstance(concepts, str) else concepts
+    parameters = tuple({"concept": concept} for concept in told)
+    return Edit(recall(model, *sites), rows.float(), Where.parse(where), parameters)
+
+
+def _dice(seed):
+    return torch.Generator().manual_seed(seed)
 
 
 def told(model, *sites):

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import tiny
+from edits import recall
 from innsteer import steerer as contract
 from innsteer import steering as steering_room
 from innsteer.activations import Activations
@@ -404,3 +405,55 @@ def test_hostile_tensors_are_refused(folder, what):
     seal(folder)
     with pytest.raises(FormatError, match="steering"):
         Steering.load(folder)
+
+
+# --- parameters of a request ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return tiny.tiny_language_model()
+
+
+def flowing(llama):
+    """A steering whose maps ask for a concept."""
+    return Steering(contract.get("diffmean"), recall(llama), ("concept",), Where("all"))
+
+
+def test_a_steering_is_told_what_its_maps_ask_for(llama):
+    steering = flowing(llama)
+    (one,) = steering.told(concept="brave").edit(2.0).told
+    assert one == {"concept": "brave"}
+    each = steering.told(concept="brave").edit(1.0, parameters=[{}, {"concept": "shy"}]).told
+    assert [told["concept"] for told in each] == ["brave", "shy"]
+    with pytest.raises(InputError, match="concept, some text"):
+        steering.edit(1.0)
+    with pytest.raises(InputError, match="'mood'.*expected concept"):
+        steering.told(mood="glad")
+    with pytest.raises(InputError, match="none: it takes none"):
+        fitted().told(concept="x")
+
+
+def test_what_a_steering_is_told_is_part_of_its_identity(llama):
+    steering = flowing(llama)
+    brave, shy = (steering.told(concept=text).identity for text in ("brave", "shy"))
+    assert len({brave, shy, steering.identity}) == 3
+    assert steering.told(concept="shy").told(concept="brave").identity == brave
+
+
+def test_a_steering_that_was_told_something_is_not_saved(llama, tmp_path):
+    with pytest.raises(InputError, match="leaves its parameters to each request"):
+        flowing(llama).told(concept="brave").save(tmp_path / "s")
+    assert not (tmp_path / "s").exists()
+
+
+def test_sequences_attached_by_hand_are_told_their_own(llama):
+    ids = torch.tensor([[5, 6, 7], [5, 6, 7]])
+    told = [{"concept": "brave"}, {"concept": "shy"}]
+    with flowing(llama).on(llama, 1.0, parameters=told):
+        both = llama.model(ids).logits
+    for row, one in enumerate(told):
+        with flowing(llama).told(**one).on(llama, 1.0):
+            alone = llama.model(ids[:1]).logits
+        torch.testing.assert_close(both[row], alone[0], rtol=0, atol=1e-5)
+    assert not torch.allclose(both[0], both[1], atol=1e-3)

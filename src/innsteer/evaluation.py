@@ -568,7 +568,8 @@ def _doses(steerings: Mapping[str, Steering]) -> list[DosePoint]:
 
 def _by_rows(steering: Steering) -> bool:
     """Whether rows of a site alone say where it moves them."""
-    return not (steering.interventions.contextual or steering.interventions.across)
+    maps = steering.interventions
+    return not (maps.contextual or maps.across or maps.across_tokens)
 
 
 def _clouds(name: str, steering: Steering, acts: Activations, site: Site) -> list[Cloud]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from innsteer.errors import InputError, UnknownName
-from innsteer.steerer import AcrossSites, Intervention
+from innsteer.steerer import AcrossSites, AcrossTokens, Intervention
 
 Kind = Literal["lda", "logistic"]
 # Inverse strengths of the logistic gate's penalty, and the parts that choose among them.
@@ -73,6 +73,11 @@ class Gated(Intervention):
                 expected="a map of rows alone: a gate sees one site, and would open differently at "
                 "each",
                 remedy="steer without the gate, or gate a method of one site, such as diffmean",
+            )
+        if isinstance(inner, AcrossTokens):
+            raise InputError(
+                "a gate around a map across tokens",
+                expected="a map of rows alone: a request's strength must not change on its way",
             )
         self.inner, self.gate = inner, gate
         self.width = inner.width

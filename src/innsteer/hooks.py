@@ -6,9 +6,11 @@ to no others, so a sequence at strength 0 never passes through any arithmetic. M
 sites get a second hook, at their block's input.
 """
 
+import hashlib
 import inspect
 import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,12 +20,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from innsteer.errors import InputError, NothingSteeredError, PositionError, RefusedError
+from innsteer.files import canonical
 from innsteer.interventions import Edit
 from innsteer.models import LanguageModel, Layout, find_layout, unwrapped
 from innsteer.site import Site, Span, Where, before
-from innsteer.steerer import AcrossSites, Intervention
+from innsteer.steerer import AcrossSites, AcrossTokens, Intervention
+from innsteer.tokens import LIVE, Encode, TokenContext
 
 # Set on a cache that holds steered tokens: its first steered column, and the prompts it was steered
 # under. An attribute, because a copy of the cache (the way to reuse a prefix) must still tell.
@@ -95,6 +101,8 @@ class Attachment:
         # Of the pass: carries as they came out of a block's input or output, by edit. Kept apart,
         # because a block that is run again (checkpointing) must find the same one.
         self._carries: dict[tuple[int, Site, str], Tensor] = {}
+        self._requests = _Requests(self._edits)
+        self._encode = model.states if isinstance(model, LanguageModel) else None
         # Of the pass: its positions, and how often a site left each of its tokens alone.
         self._at = torch.empty(0, 0)
         self._spoiled: Counter[int] = Counter()
@@ -110,6 +118,11 @@ class Attachment:
         self.trace.steered = []
         with ExitStack() as stack:
             base = self._model.base_model
+            for edit in self._edits:
+                for site, part in edit.interventions.items():
+                    part.to(self._device(site))
+            # Before any hook: what a request says is encoded by the plain model.
+            self._requests.prepare(self._encode)
             signature = inspect.signature(base.forward)
 
             def plan(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -125,6 +138,7 @@ class Attachment:
                 if output is None:
                     return  # the pass failed
                 self._mark(getattr(output, "past_key_values", None))
+                self._requests.mark(getattr(output, "past_key_values", None))
                 if self._spoiled:
                     self._discount()
 
@@ -134,9 +148,6 @@ class Attachment:
                 stack.callback(self._hook(site).remove)
             for site in sorted({site for edit in self._edits for site in _across(edit)}):
                 stack.callback(self._read_hook(site).remove)
-            for edit in self._edits:
-                for site, part in edit.interventions.items():
-                    part.to(self._device(site))
             stack.callback(self._wrap_generate())
             self._stack = stack.pop_all()
         return self
@@ -181,6 +192,7 @@ class Attachment:
         self.trace.touched += len(rows)
         self._first = start + int((touched % time).min()) if rows else None
         self._contexts.plan(self._prompts, positions, real, start)
+        self._requests.plan(call, positions, start, self._prompts)
         device = self._model.device
         self._plan = [(index.to(device), coef.to(device)) for index, coef in plan]
         self._at, self._spoiled, self._carries = positions, Counter(), {}
@@ -251,7 +263,7 @@ class Attachment:
         def steer(h: Tensor) -> Tensor:
             self._contexts.see(site, h)
             for number, intervention in mine:
-                if len(self._plan[number][0]):
+                if len(self._plan[number][0]) or self._requests.keeps(number):
                     h = self._apply(site, number, intervention, h)
             return h
 
@@ -311,6 +323,9 @@ class Attachment:
         if isinstance(part, AcrossSites) and carry is not None:
             new, left = part.leave(rows, coef.to(rows.device), carry)
             self._carries[number, site, "output"] = left
+        elif isinstance(part, AcrossTokens):
+            told = self._requests.of(number, site, index.to(rows.device), rows.device)
+            new = part.steer(rows, coef.to(rows.device), told)
         else:
             new = part(rows, coef.to(rows.device), context)
         if self._displacement is not None:
@@ -443,6 +458,168 @@ class _Contexts:
         total = self._sums[site].to(device)
         found: Tensor = (total / self._wanted.to(device).unsqueeze(-1))[sequences.to(device)]
         return found
+
+
+class _Kept(DynamicLayer):  # type: ignore[no-untyped-call]
+    """Columns that a map across tokens keeps, as one more layer of the model's own cache.
+
+    So they are re-ordered with beams, cut on roll-back, copied and repeated as its keys and values
+    are. ``name`` is the edit's number, the site and the feature; ``maps`` whose columns they are.
+    """
+
+    def __init__(self, name: tuple[int, Site, str], maps: nn.Module) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.name, self.maps = name, weakref.ref(maps)
+
+
+class _Requests:
+    """What maps across tokens are told of each pass, and what they keep from one to the next."""
+
+    def __init__(self, edits: Sequence[Edit]) -> None:
+        self._edits = {
+            number: edit
+            for number, edit in enumerate(edits)
+            if edit.interventions.across_tokens and bool((edit.coef != 0).any())
+        }
+        self._layers: dict[tuple[int, Site, str], _Kept] = {}
+
+    def keeps(self, number: int) -> bool:
+        """Whether an edit must see passes in which nothing of it is in scope: they are columns."""
+        return number in self._edits
+
+    def prepare(self, encode: Encode | None) -> None:
+        """Make the memory of every set of parameters, once."""
+        self._memory: dict[tuple[int, Site, bytes], Mapping[str, Tensor]] = {}
+        self._stacked: dict[tuple[int, Site, int], dict[str, Tensor]] = {}
+        for number, edit in self._edits.items():
+            if encode is None and edit.interventions.asks:
+                raise RefusedError(
+                    "a bare Hugging Face model under a steering that is told a text",
+                    expected="a LanguageModel, whose tokenizer reads the text",
+                    remedy="attach it to load_model(...) or LanguageModel.wrap(model, tokenizer)",
+                )
+            for site, part in _across_tokens(edit):
+                for told in edit.told or ({},):
+                    key = number, site, canonical(dict(told))
+                    if key not in self._memory:
+                        self._memory[key] = part.prepare(told, encode or _no_text)
+
+    def plan(
+        self,
+        call: Mapping[str, Any],
+        positions: Tensor,
+        start: int,
+        prompts: Sequence[int] | None,
+    ) -> None:
+        """What the coming pass brings, and what earlier passes left in its cache."""
+        if not self._edits:
+            return
+        cache, batch = call.get("past_key_values"), len(positions)
+        if cache is not None and not isinstance(cache, DynamicCache):
+            raise RefusedError(
+                f"a {type(cache).__name__} under a steering across tokens",
+                expected="a DynamicCache, in which its own columns follow the model's",
+                remedy="leave cache_implementation out",
+            )
+        if cache is not None and not start:  # fresh, reset, or cut down to nothing
+            cache.layers = [layer for layer in cache.layers if not isinstance(layer, _Kept)]
+        layers: Sequence[Any] = [] if cache is None else cache.layers
+        self._layers = {layer.name: layer for layer in layers if isinstance(layer, _Kept)}
+        self._told = {n: _digests(edit, batch) for n, edit in self._edits.items()}
+        if start:
+            self._check(start)
+        ids = call.get("input_ids")
+        self._ids = torch.full_like(positions, -1) if ids is None else ids
+        self._positions = positions
+        known = prompts is not None
+        self._ends = [_entry(prompts, row, batch) - 1 for row in range(batch)] if known else None
+
+    def of(self, number: int, site: Site, index: Tensor, device: torch.device) -> TokenContext:
+        """What the planned rows ``index`` of an edit are told at a site."""
+        edit, (batch, time) = self._edits[number], self._positions.shape
+        at = index.cpu()
+        position = self._positions.flatten()[at]
+        ends = None if self._ends is None else torch.tensor(self._ends)[at // time]
+
+        def keep(name: str, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+            if name == LIVE:  # whose columns they are, beside which of them were edited
+                values = self._told[number].to(device).unsqueeze(1).expand(-1, time, -1)
+            layer = self._layers.setdefault(
+                (number, site, name), _Kept((number, site, name), edit.interventions)
+            )
+            both = layer.update(keys.unsqueeze(1), values.unsqueeze(1))
+            return both[0].squeeze(1), both[1].squeeze(1)
+
+        return TokenContext(
+            request=index // time,
+            column=index % time,
+            position=position.to(device),
+            generated=None if ends is None else (position >= ends).to(device),
+            ids=self._ids.flatten()[index.to(self._ids.device)].to(device),
+            requests=batch,
+            columns=time,
+            memory=self._recall(number, site, batch),
+            keep=keep,
+        )
+
+    def mark(self, cache: Any) -> None:
+        """After a pass: what was kept rides on the model's cache, if there is one."""
+        if self._edits and isinstance(cache, DynamicCache):
+            there = {id(layer) for layer in cache.layers}
+            cache.layers += [one for one in self._layers.values() if id(one) not in there]
+
+    def _recall(self, number: int, site: Site, batch: int) -> dict[str, Tensor]:
+        """The memories of a batch's requests, stacked once for all its passes."""
+        if (number, site, batch) not in self._stacked:
+            told = [
+                self._memory[number, site, canonical(dict(one))]
+                for one in self._edits[number].parameters(batch)
+            ]
+            self._stacked[number, site, batch] = {
+                name: nn.utils.rnn.pad_sequence([one[name] for one in told], batch_first=True)
+                for name in told[0]
+            }
+        return self._stacked[number, site, batch]
+
+    def _check(self, start: int) -> None:
+        """Refuse cached tokens that went by without these edits, or under others."""
+        for number, edit in self._edits.items():
+            for site, _ in _across_tokens(edit):
+                layer = self._layers.get((number, site, LIVE))
+                own = layer is not None and layer.maps() is edit.interventions
+                if layer is None or not own or layer.get_seq_length() != start:
+                    raise RefusedError(
+                        f"a cache of {start} tokens that went by without this steering",
+                        expected="a request whose every token it has seen",
+                        remedy="run the whole request while it is attached; no prefix that another "
+                        "request left can be used",
+                    )
+                assert layer.values is not None
+                if not torch.equal(layer.values[:, 0, -1].cpu(), self._told[number]):
+                    raise RefusedError(
+                        "a cache of tokens that were steered by other parameters or strengths",
+                        expected="the same ones for the whole request",
+                        remedy="start anew: run the whole request under the new ones",
+                    )
+
+
+def _across_tokens(edit: Edit) -> list[tuple[Site, AcrossTokens]]:
+    """The maps of an edit that act across tokens."""
+    return [(site, p) for site, p in edit.interventions.items() if isinstance(p, AcrossTokens)]
+
+
+def _digests(edit: Edit, batch: int) -> Tensor:
+    """Two numbers ``[batch, 2]`` that stand for each sequence's strengths and parameters."""
+    rows = zip(edit.rows(batch).tolist(), edit.parameters(batch), strict=True)
+    told = [hashlib.sha256(canonical([row, dict(given)])).digest() for row, given in rows]
+    # Three bytes each: float32, of which a cache's layer is, holds them exactly.
+    return torch.tensor(
+        [[float(int.from_bytes(d[:3])), float(int.from_bytes(d[3:6]))] for d in told]
+    )
+
+
+def _no_text(text: str, blocks: int) -> Tensor:
+    raise AssertionError("a map that asks for nothing encodes nothing")
 
 
 def require_selected(trace: Trace, edits: Sequence[Edit]) -> None:

@@ -1,6 +1,7 @@
 """Maps that several methods share, and Edit: interventions with their strengths and positions."""
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +10,7 @@ from innsteer.errors import InputError
 from innsteer.flows import Flow, Shear, Step, Subspace
 from innsteer.site import Where
 from innsteer.steerer import Intervention, Interventions
+from innsteer.tokens import Parameters
 
 
 class Shift(Intervention):
@@ -176,11 +178,14 @@ class Edit:
 
     Attributes:
         coef: ``[k]`` for every row alike, or ``[rows, k]``, one per sequence of the batch.
+        told: the parameters that the maps ask for: none, one set for every sequence alike, or one
+            set per sequence.
     """
 
     interventions: Interventions
     coef: Tensor
     where: Where = field(default_factory=Where)
+    told: tuple[Parameters, ...] = ()
 
     def __post_init__(self) -> None:
         usable = self.coef.ndim in (1, 2) and self.coef.numel() and torch.isfinite(self.coef).all()
@@ -189,6 +194,34 @@ class Edit:
                 f"coefficients {self.coef.tolist()!r}",
                 expected="finite strengths, [k] or one row of k per sequence",
             )
+        asks = self.interventions.asks
+        for given in self.told or ({},):
+            if set(given) != set(asks) or not all(value.strip() for value in given.values()):
+                raise InputError(
+                    f"the parameters {dict(given)} of a steering",
+                    expected=" and ".join(f"{name}, some text" for name in asks) or "none",
+                    remedy='say it as steering.told(NAME=TEXT), or in a request NAME="TEXT"',
+                )
+
+    def of(self, index: Sequence[int]) -> "Edit":
+        """The edit of some sequences of a batch, by number."""
+        coef = self.coef[list(index)] if self.coef.ndim == 2 else self.coef
+        told = tuple(self.told[i] for i in index) if len(self.told) > 1 else self.told
+        return replace(self, coef=coef, told=told)
+
+    def parameters(self, count: int) -> list[Parameters]:
+        """The parameters of each sequence of a batch; those that generate() expanded follow.
+
+        Raises:
+            InputError: the batch is not a multiple of the sets given.
+        """
+        given = self.told or ({},)
+        if count % len(given):
+            raise InputError(
+                f"parameters for {len(given)} sequences, and a batch of {count}",
+                expected="one set for all, or one per prompt",
+            )
+        return [given[row // (count // len(given))] for row in range(count)]
 
     def rows(self, count: int) -> Tensor:
         """The coefficients of a batch ``[count, k]``; sequences that generate() expanded follow.

@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor, nn
 
-from innsteer.errors import InputError, PositionError
+from innsteer.errors import InputError, LayoutError, PositionError
 from innsteer.fingerprint import Fingerprint, fingerprint
 from innsteer.layout import Layout, find_layout
 from innsteer.smollm2 import HUB_ID, hub_reachable, load_gguf, quiet_transformers, smollm2_folder
@@ -30,6 +31,14 @@ __all__ = [
 
 Message = Mapping[str, Any]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+STATES = 64
+"""Tokens of a text that is encoded by a model's first blocks, at most."""
+
+
+class _Enough(BaseException):
+    """Ends a forward pass at the last block asked for; never leaves this module."""
 
 
 @dataclass(frozen=True)
@@ -131,6 +140,47 @@ class LanguageModel:
         full = ids if not answer else self._continued(text, ids, answer)
         return Encoded(tuple(full), len(ids), (*past, (len(ids) - 1, len(full))))
 
+    @torch.no_grad()
+    def states(self, text: str, blocks: int) -> Tensor:
+        """Hidden states ``[tokens, d]`` of a text after the first blocks and the last norm.
+
+        In float32: a small encoder that every model brings along. Edits that are attached meanwhile
+        act on it.
+
+        Args:
+            text: at most ``STATES`` tokens, without a template.
+            blocks: how many run, from 1.
+
+        Raises:
+            InputError: an empty or longer text, or more blocks than there are.
+        """
+        ids = self._ids(text, special=True)
+        if not text.strip() or len(ids) > STATES:
+            raise InputError(
+                f"{text!r:.60} of {len(ids)} tokens",
+                expected=f"a text of 1 to {STATES} tokens",
+                remedy="say it shorter",
+            )
+        if not 1 <= blocks <= len(self.layout.blocks):
+            raise InputError(
+                f"{blocks} blocks", expected=f"1 to {len(self.layout.blocks)}, of this model"
+            )
+        found = []
+
+        def stop(_: Any, args: Any, output: Any) -> None:
+            found.append(output[0] if isinstance(output, tuple) else output)
+            raise _Enough
+
+        handle = self.layout.blocks[blocks - 1].module.register_forward_hook(stop)
+        try:
+            self.model.base_model(torch.tensor([ids], device=self.device), use_cache=False)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        states: Tensor = last_norm(self.model.base_model, self.layout.width)(found[0])[0].float()
+        return states
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -183,6 +233,25 @@ class LanguageModel:
         if whole[: len(ids)] == ids:
             return whole
         return ids + self._ids(answer)
+
+
+def last_norm(base: nn.Module, width: int) -> nn.Module:
+    """The norm behind the blocks: the one part of the base model that scales rows of its width.
+
+    Raises:
+        LayoutError: there is none, or several.
+    """
+    found = [
+        part
+        for part in base.children()
+        if (own := list(part.parameters(recurse=False)))
+        and all(weight.shape == (width,) for weight in own)
+    ]
+    if len(found) != 1:
+        raise LayoutError(
+            f"{type(base).__name__} has {len(found)} norms behind its blocks", expected="one"
+        )
+    return found[0]
 
 
 def unwrapped(model: Any) -> Any:

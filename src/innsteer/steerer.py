@@ -19,6 +19,7 @@ from innsteer import shelf
 from innsteer.activations import Activations
 from innsteer.errors import InputError, UnknownName
 from innsteer.site import Site
+from innsteer.tokens import Encode, Parameters, TokenContext
 
 
 class Intervention(nn.Module, ABC):
@@ -162,6 +163,77 @@ class AcrossSites(Intervention):
         return torch.where(asked, torch.where(fine, new, torch.nan), old)
 
 
+class AcrossTokens(Intervention):
+    """An intervention that sees the edited rows before each row of the same request.
+
+    Engines call ``steer``, which keeps the laws, with a ``TokenContext``; subclasses write
+    ``move``. What it shall remember of a request's earlier tokens
+    goes through ``TokenContext.remember``: the engine keeps it, re-orders it with beams, cuts it on
+    roll-back, and refuses cached tokens that went by without it. ``asks`` names the parameters that
+    a request must give, of which ``prepare`` makes its memory once.
+
+    Nothing a row is told comes from later rows, or from another request. Alone, on rows, it says
+    nothing.
+
+    >>> class Mean(AcrossTokens):
+    ...     width = 1
+    ...     def move(self, h, coef, tokens):
+    ...         rows, _ = tokens.remember("rows", h, h)
+    ...         seen = tokens.mask / tokens.mask.sum(-1, keepdim=True)
+    ...         return coef * tokens.take(seen @ rows)
+    >>> steps = torch.arange(3)
+    >>> alone = TokenContext(0 * steps, steps, steps, steps > 1, steps, 1, 3, {})
+    >>> Mean().steer(torch.tensor([[1.0], [3.0], [8.0]]), torch.ones(3, 1), alone).flatten()
+    tensor([ 2.,  5., 12.])
+    """
+
+    asks: tuple[str, ...] = ()
+
+    def steer(self, h: Tensor, coef: Tensor, tokens: TokenContext) -> Tensor:
+        """Steer rows that know their requests.
+
+        Args:
+            h: activations ``[tokens, d]``, any float dtype.
+            coef: strengths ``[tokens, k]``; a request whose strength changes starts anew.
+            tokens: where the rows stand.
+
+        Returns:
+            ``[tokens, d]`` in the dtype of ``h``; rows without strength, and those that are not
+            finite, bit for bit, and seen by no other row.
+        """
+        dtype = self.compute_dtype(h)
+        touched = self.touched(h, coef)
+        kept = touched.unsqueeze(-1)
+        shown = torch.where(kept, h, 0).to(dtype)
+        edited = shown + self.move(shown, coef.to(dtype), tokens.seeing(touched))
+        return torch.where(kept, edited.to(h.dtype), h)
+
+    @abstractmethod
+    def move(self, h: Tensor, coef: Tensor, tokens: TokenContext) -> Tensor:
+        """The edit ``h' - h``, ``[tokens, d]``, of rows in the compute dtype; ``mask`` is set."""
+
+    def prepare(self, parameters: Parameters, encode: Encode) -> Mapping[str, Tensor]:
+        """What a request's parameters mean to this map: tensors ``[n, ...]``, made once for it.
+
+        Args:
+            parameters: a text for each name in ``asks``.
+            encode: the plain model's hidden states of a text; the engine lends it.
+        """
+        return {}
+
+    def displacement(self, h: Tensor, coef: Tensor) -> Tensor:
+        """None: rows alone do not say whose they are.
+
+        Raises:
+            InputError: always.
+        """
+        raise InputError(
+            f"rows alone for {type(self).__name__}, which acts across tokens",
+            expected="a TokenContext: which request each row belongs to, and what came before",
+            remedy="attach it to a model (Steering.on), or call steer",
+        )
+
+
 class Interventions(nn.Module):
     """An ordered mapping Site -> Intervention: what is fitted, saved and served.
 
@@ -216,6 +288,17 @@ class Interventions(nn.Module):
         """
         parts = (site for site, part in self.items() if isinstance(part, AcrossSites))
         return tuple(Site(site.layer - 1) for site in parts if site.layer)
+
+    @property
+    def across_tokens(self) -> bool:
+        """Whether any map sees other tokens than the row's own: an engine must keep them for it."""
+        return any(isinstance(part, AcrossTokens) for _, part in self.items())
+
+    @property
+    def asks(self) -> tuple[str, ...]:
+        """The parameters that a request must give."""
+        parts = [part for _, part in self.items() if isinstance(part, AcrossTokens)]
+        return tuple(sorted({name for part in parts for name in part.asks}))
 
     @property
     def sizes(self) -> dict[str, int]:

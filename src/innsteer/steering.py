@@ -33,6 +33,7 @@ from innsteer.interventions import Edit
 from innsteer.models import LanguageModel, hub_id
 from innsteer.site import Site, Span, Where
 from innsteer.steerer import Interventions, Steerer, tensor_bytes
+from innsteer.tokens import Parameters
 
 FORMAT = 1
 MAX_SIZE = 1_000_000
@@ -63,6 +64,8 @@ class Steering:
         provenance: contrast hash, seed, versions, what fitting found.
         card: behaviour -> evaluation figures, for the model card.
         leading: the behaviour that is meant where none is named; "" = the first. Not saved.
+        parameters: what requests tell the maps where they say nothing else; see ``told``. Part of
+            the identity. Not saved.
     """
 
     steerer: Steerer
@@ -74,6 +77,7 @@ class Steering:
     provenance: Mapping[str, Any] = field(default_factory=dict)
     card: Mapping[str, Any] = field(default_factory=dict)
     leading: str = ""
+    parameters: Parameters = field(default_factory=dict)
 
     # --- applying --------------------------------------------------------------------------------
 
@@ -109,18 +113,45 @@ class Steering:
         """
         return replace(self, leading=self._behaviour(behaviour))
 
-    def edit(self, strength: Strength = None, *, behaviour: str | None = None) -> Edit:
+    def told(self, **parameters: str) -> "Steering":
+        """The same steering with its parameters given: ``told(concept="speaks like a pirate")``.
+
+        Raises:
+            InputError: it asks for no such parameter.
+        """
+        asks = self.interventions.asks
+        if odd := sorted(set(parameters) - set(asks)):
+            raise InputError(
+                f"parameter {odd[0]!r} of a steering by {self.steerer.name!r}",
+                expected=", ".join(asks) or "none: it takes none",
+            )
+        return replace(self, parameters={**self.parameters, **parameters})
+
+    def edit(
+        self,
+        strength: Strength = None,
+        *,
+        behaviour: str | None = None,
+        parameters: Sequence[Parameters] = (),
+    ) -> Edit:
         """The edit at a strength: one for all sequences, or one number (or row) per sequence.
 
         Args:
             strength: a single strength moves ``behaviour`` (the leading one by default); a mapping
                 mixes behaviours, ``{"wealth": "budget", "power": 0.5}``; a sequence gives one
                 number per sequence of the batch; a tensor ``[rows, k]`` a mix per sequence.
+            parameters: what each sequence tells the maps, beside or instead of the steering's own.
 
         Raises:
-            InputError: an unknown behaviour, a calibrated strength of one that was not tuned, or
-                coefficients of another width.
+            InputError: an unknown behaviour, a calibrated strength of one that was not tuned,
+                coefficients of another width, or parameters that the maps do not ask for, or miss.
         """
+        given = [{**self.parameters, **one} for one in parameters or ({},)]
+        coef = self._coefficients(strength, behaviour)
+        return Edit(self.interventions, coef, self.where, tuple(given) if any(given) else ())
+
+    def _coefficients(self, strength: Strength, behaviour: str | None) -> Tensor:
+        """A strength as coefficients, ``[k]`` or one row per sequence."""
         k = len(self.behaviours)
         if isinstance(strength, Mapping):
             if not strength or not all(strength) or behaviour is not None:
@@ -132,7 +163,7 @@ class Steering:
             mix = torch.zeros(k)
             for name, value in strength.items():
                 mix[self.behaviours.index(self._behaviour(name))] = self.resolve(value, name)
-            return Edit(self.interventions, mix, self.where)
+            return mix
         column = self.behaviours.index(self._behaviour(behaviour))
         if isinstance(strength, Tensor):
             if not strength.ndim or strength.shape[-1] != k:
@@ -140,15 +171,15 @@ class Steering:
                     f"coefficients of shape {tuple(strength.shape)}",
                     expected=f"[rows, {k}], a column for each of {', '.join(self.behaviours)}",
                 )
-            return Edit(self.interventions, strength.float(), self.where)
+            return strength.float()
         if isinstance(strength, Sequence) and not isinstance(strength, str):
             values = [self.resolve(value, behaviour) for value in strength]
             coef = torch.zeros(len(values), k)
             coef[:, column] = torch.tensor(values)
-            return Edit(self.interventions, coef, self.where)
+            return coef
         coef = torch.zeros(k)
         coef[column] = self.resolve(strength, behaviour)
-        return Edit(self.interventions, coef, self.where)
+        return coef
 
     def on(
         self,
@@ -156,6 +187,7 @@ class Steering:
         strength: Strength = None,
         *,
         behaviour: str | None = None,
+        parameters: Sequence[Parameters] = (),
         prompt_lengths: Sequence[int] | None = None,
         turns: Sequence[Sequence[Span]] | None = None,
         allow_mismatch: bool = False,
@@ -167,7 +199,7 @@ class Steering:
                 the tokenizer and template that the steering was fitted with; structure and weights
                 are checked either way.
             strength: a number, one per sequence, "budget", "0.05nat", or a mix of behaviours;
-                default: the budget if tuned, else 1. See ``edit``.
+                default: the budget if tuned, else 1. parameters: see ``edit``, of both.
             prompt_lengths, turns: see ``Attachment``.
             allow_mismatch: apply to a model that it was not fitted on.
 
@@ -176,7 +208,7 @@ class Steering:
         """
         if not allow_mismatch:
             self.check(model)
-        edits = [self.edit(strength, behaviour=behaviour)]
+        edits = [self.edit(strength, behaviour=behaviour, parameters=parameters)]
         return Attachment(model, edits, prompt_lengths=prompt_lengths, turns=turns)
 
     def check(self, model: LanguageModel | nn.Module) -> None:
@@ -223,6 +255,7 @@ class Steering:
             "where": str(self.where),
             "behaviours": list(self.behaviours),
             "base": asdict(self.base) if self.base else None,
+            **({"parameters": dict(self.parameters)} if self.parameters else {}),
         }
 
     @property
@@ -246,8 +279,15 @@ class Steering:
         """Write the artifact folder, whole or not at all.
 
         Raises:
-            InputError: the folder exists and ``replace`` is off.
+            InputError: the folder exists and ``replace`` is off; or the steering was told its
+                parameters, which are a request's.
         """
+        if self.parameters:
+            raise InputError(
+                f"a steering that was told {dict(self.parameters)}, to be saved",
+                expected="one that leaves its parameters to each request",
+                remedy="save the steering that told(...) was called on",
+            )
         header = self.recipe | {
             "identity": self.identity,
             "calibration": {name: c.to_json() for name, c in self.calibration.items()},

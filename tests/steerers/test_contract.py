@@ -16,14 +16,16 @@ import torch
 from torch import Tensor, nn
 
 import innsteer
+from edits import Recall
 from innsteer import shelf, steerer
 from innsteer.activations import Activations, Rows
 from innsteer.errors import InputError
 from innsteer.flows import Flow, coupling_stack
 from innsteer.interventions import SetPoint, Shift
 from innsteer.site import Site
-from innsteer.steerer import AcrossSites, Intervention, Interventions, Steerer
+from innsteer.steerer import AcrossSites, AcrossTokens, Intervention, Interventions, Steerer
 from innsteer.steering import Steering
+from innsteer.tokens import TokenContext
 
 WIDTHS = {Site(1): 7, Site(3, "mlp"): 8}  # odd and even, two sites
 BLOCKS = {Site(0): 7, Site(1): 7, Site(2): 7}  # for methods across sites: outputs of neighbours
@@ -39,7 +41,11 @@ CONDITIONAL = {
 }
 ACROSS = {name for name, method in METHODS.items() if method["across_sites"]}
 
-every_method = pytest.mark.parametrize("name", METHODS)
+ON_ROWS = [name for name, method in METHODS.items() if not method["across_tokens"]]
+ACROSS_TOKENS = [name for name, method in METHODS.items() if method["across_tokens"]]
+
+every_method = pytest.mark.parametrize("name", ON_ROWS)
+across_tokens = pytest.mark.parametrize("name", ACROSS_TOKENS)
 both_counts = pytest.mark.parametrize("k", [1, 2])
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 
@@ -468,6 +474,140 @@ def _renamed(row: dict, name: str) -> dict:
     return row | {"item": name + row["item"], "pair": name + row["pair"]}
 
 
+# --- the laws of maps across tokens, in place of 1 to 4 ------------------------------------------
+
+SPLIT = (4, 5, 0)  # rows of three requests
+
+
+class Kept(dict):
+    """What an engine keeps between passes, in the plainest way."""
+
+    def __call__(self, name, keys, values):
+        old = self.get(name)
+        self[name] = (
+            (keys, values)
+            if old is None
+            else tuple(torch.cat(pair, 1) for pair in zip(old, (keys, values), strict=True))
+        )
+        return self[name]
+
+
+def text_states(width: int):
+    """An encoder of texts: their letters decide."""
+
+    def encode(text, blocks):
+        draw = torch.Generator().manual_seed(sum(map(ord, text)) + blocks)
+        return torch.randn(len(text), width, generator=draw)
+
+    return encode
+
+
+def context(part, *, texts=("brave", "shy", "a fox"), span=(0, 9), keep=None):
+    """The context of the requests' rows with positions in a span, and which rows these are."""
+    rows = [(r, n) for r, count in enumerate(SPLIT) for n in range(count) if span[0] <= n < span[1]]
+    request, place = torch.tensor(rows, dtype=torch.long).reshape(-1, 2).unbind(1)
+    told = [part.prepare(dict.fromkeys(part.asks, text), text_states(part.width)) for text in texts]
+    memory = {
+        name: nn.utils.rnn.pad_sequence([one[name] for one in told], batch_first=True)
+        for name in told[0]
+    }
+    found = TokenContext(
+        request,
+        place - span[0],
+        place,
+        place > 2,
+        place + 10,
+        len(SPLIT),
+        max(min(span[1], max(SPLIT)) - span[0], 1),
+        memory,
+        **({} if keep is None else {"keep": keep}),
+    )
+    starts = torch.tensor([0, *SPLIT]).cumsum(0)
+    return found, starts[request] + place
+
+
+def law_untouched_rows_stay_and_are_seen_by_nobody(part: AcrossTokens, dtype: torch.dtype):
+    """Law 1: rows without strength and bad rows come back bit for bit, and change no other row."""
+    tokens, _ = context(part)
+    h, coef = rows(part.width).to(dtype), strengths(1)
+    coef[[1, 6]] = 0.0
+    bad = non_finite(dtype, part.width)
+    first, other = h.clone(), h.clone()
+    first[2], first[5], other[[1, 6]] = bad[0], bad[3], other[[1, 6]] * -2
+    other[[2, 5]] = bad[[2, 1]]
+    outs = [part.steer(each, coef, tokens) for each in (first, other)]
+    still, moved = [1, 2, 5, 6], [0, 3, 4, 7, 8]
+    for given, out in zip((first, other), outs, strict=True):
+        assert torch.equal(bits(out[still]), bits(given[still])), "an untouched row has changed"
+    assert torch.isfinite(outs[0][moved]).all(), "a bad row has spread"
+    assert torch.equal(outs[0][moved], outs[1][moved]), "an untouched row was seen"
+    assert (outs[0][moved] != h[moved]).any(-1).all(), "a steered row has not changed"
+
+
+def law_form_is_kept_across_tokens(part: AcrossTokens, dtype: torch.dtype):
+    """Law 2: shape, dtype and device; nothing in place; the map itself stays, no rows are fine."""
+    for span in ((0, 9), (8, 9)):
+        tokens, which = context(part, span=span)
+        h, coef = rows(part.width).to(dtype)[which], strengths(1)[which]
+        state = [t.clone() for t in part.state_dict().values()]
+        memory = {name: value.clone() for name, value in tokens.memory.items()}
+        before = h.clone()
+        out = part.steer(h, coef, tokens)
+        assert out.shape == h.shape and out.dtype == h.dtype and out.device == h.device
+        assert torch.equal(bits(h), bits(before)), "in place"
+        assert all(map(torch.equal, state, part.state_dict().values())), "the map itself changed"
+        assert all(torch.equal(memory[name], tokens.memory[name]) for name in memory), "the memory"
+
+
+def law_nothing_comes_from_later_rows_or_other_requests(part: AcrossTokens):
+    """Law 3: another later row, another request's rows and text leave a row's edit as it was."""
+    h, coef = rows(part.width), strengths(1)
+    own = part.steer(h, coef, context(part)[0])
+    later, others = h.clone(), h.clone()
+    later[[3, 8]] += 5
+    others[4:] -= 3
+    kept = [0, 1, 2, 4, 5, 6, 7]
+    limit = 1e-5 * (own - h).norm()
+    moved = part.steer(later, coef, context(part)[0])
+    assert (moved[kept] - own[kept]).norm() <= limit, "a later row was seen"
+    texts = ("brave", "quite another text", "x")
+    beside = part.steer(others, coef, context(part, texts=texts)[0])
+    assert (beside[:4] - own[:4]).norm() <= limit, "another request was seen"
+    if part.asks:
+        again = part.steer(h, coef, context(part, texts=texts)[0])
+        assert (again[4:] - own[4:]).norm() > 10 * limit, "what a request says changes nothing"
+
+
+def law_parts_make_the_whole(part: AcrossTokens):
+    """Law 3 as well: what is kept of earlier passes is what one pass would have seen."""
+    h, coef = rows(part.width), strengths(1)
+    want = part.steer(h, coef, context(part)[0])
+    kept, got = Kept(), torch.full_like(h, torch.nan)
+    for span in ((0, 2), (2, 3), (3, 5)):
+        tokens, which = context(part, span=span, keep=kept)
+        got[which] = part.steer(h[which], coef[which], tokens)
+    assert (got - want).norm() <= 1e-5 * (want - h).norm(), "a pass forgot, or made up"
+    alone = torch.cat(
+        [
+            part.steer(h[which], coef[which], tokens)
+            for tokens, which in (context(part, span=(n, n + 1)) for n in range(5))
+        ]
+    )
+    order = torch.cat([context(part, span=(n, n + 1))[1] for n in range(5)])
+    apart = (alone - want[order]).norm()
+    assert apart > 1e-3 * (want - h).norm(), "what came before changes nothing"
+
+
+def law_it_compiles_whole_across_tokens(part: AcrossTokens):
+    """Law 4: one graph, the same numbers, in inference mode."""
+    h, coef, (tokens, _) = rows(part.width), strengths(1), context(part)
+    with torch.inference_mode():
+        plain = part.steer(h, coef, tokens)
+        torch._dynamo.reset()
+        compiled = torch.compile(part.steer, fullgraph=True, backend="eager")(h, coef, tokens)
+    torch.testing.assert_close(compiled, plain, rtol=1e-6, atol=1e-6)
+
+
 # --- every method keeps them ---------------------------------------------------------------------
 
 
@@ -506,8 +646,6 @@ def test_a_method_that_acts_across_sites_says_so(name):
 @every_method
 @both_counts
 def test_a_row_does_not_depend_on_its_neighbours(name, k):
-    if METHODS[name]["across_tokens"]:
-        pytest.skip("marked across tokens")
     for part in parts(name, k):
         law_neighbours_do_not_matter(part, k)
 
@@ -552,7 +690,7 @@ def test_row_weights_count_in_a_fit(name):
     law_row_weights_count(brief(name), acts)
 
 
-@pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method["trained"]])
+@pytest.mark.parametrize("name", [name for name in ON_ROWS if METHODS[name]["trained"]])
 def test_another_seed_trains_another_map(name):
     acts = alone(name)
     maps = [brief(name).fit(acts, seed=seed) for seed in (0, 1)]
@@ -959,4 +1097,108 @@ def test_the_law_of_the_arrow_per_pair_catches_what_pushes_the_wrong_way(yes, no
 
 
 def test_every_method_on_the_shelf_is_tested():
-    assert list(METHODS) == innsteer.names()
+    assert list(METHODS) == innsteer.names() == sorted(ON_ROWS + ACROSS_TOKENS)
+
+
+class SeesLater(Recall):
+    def move(self, h, coef, tokens):
+        keys, values = tokens.remember("rows", h, h)
+        return coef * (h + tokens.take(keys.mean(1, keepdim=True).expand(-1, tokens.columns, -1)))
+
+
+class SeesOthers(Recall):
+    def move(self, h, coef, tokens):
+        return super().move(h, coef, tokens) + 1e-2 * coef * h.mean(0)
+
+
+class HearsOthers(Recall):
+    def move(self, h, coef, tokens):
+        return super().move(h, coef, tokens) + coef * tokens.memory["mean"].sum(0)
+
+
+class ForgetsRows(Recall):
+    """Looks at the rows of the pass alone."""
+
+    def move(self, h, coef, tokens):
+        laid = tokens.lay(h)
+        seen = tokens.mask[..., -tokens.columns :]
+        return coef * tokens.take((laid @ laid.mT * seen) @ laid)
+
+
+class KeepsInside(Recall):
+    """Keeps what it saw in itself."""
+
+    def move(self, h, coef, tokens):
+        self.turn.add_(1e-3 * h.mean())
+        return super().move(h, coef, tokens)
+
+
+class Deaf(Recall):
+    def move(self, h, coef, tokens):
+        return coef * h
+
+
+class SeesUntouched(Recall):
+    def steer(self, h, coef, tokens):
+        finite = torch.isfinite(h).all(-1)
+        out = super().steer(h, torch.where(finite[:, None], coef + 1e-6, coef), tokens)
+        return torch.where((coef != 0).any(-1, keepdim=True), out, h)
+
+
+class SpreadsBadRows(Recall):
+    def steer(self, h, coef, tokens):
+        seeing = tokens.seeing(torch.ones(len(h), dtype=torch.bool))
+        return torch.where(self.touched(h, coef)[:, None], h + self.move(h, coef, seeing), h)
+
+
+class BranchesAcross(Recall):
+    def move(self, h, coef, tokens):
+        return super().move(h, coef, tokens) * (2 if h.abs().max() > 1 else 1)
+
+
+def test_a_plain_map_across_tokens_keeps_their_laws():
+    law_untouched_rows_stay_and_are_seen_by_nobody(Recall(7), torch.float32)
+    law_form_is_kept_across_tokens(Recall(7), torch.bfloat16)
+    law_nothing_comes_from_later_rows_or_other_requests(Recall(7))
+    law_parts_make_the_whole(Recall(7))
+    law_it_compiles_whole_across_tokens(Recall(7))
+
+
+@pytest.mark.parametrize(
+    ("broken", "match"), [(SeesUntouched, "was seen"), (SpreadsBadRows, "has spread")]
+)
+def test_law_1_across_tokens_catches_a_look_at_rows_that_must_stay(broken, match):
+    with pytest.raises(AssertionError, match=match):
+        law_untouched_rows_stay_and_are_seen_by_nobody(broken(7), torch.float32)
+
+
+def test_law_2_across_tokens_catches_a_map_that_changes_itself():
+    with pytest.raises(AssertionError, match="the map itself"):
+        law_form_is_kept_across_tokens(KeepsInside(7), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("broken", "match"),
+    [
+        (SeesLater, "later row"),
+        (SeesOthers, "later row|another request"),
+        (HearsOthers, "another request"),
+        (Deaf, "changes nothing"),
+    ],
+)
+def test_law_3_across_tokens_catches_what_comes_from_elsewhere(broken, match):
+    with pytest.raises(AssertionError, match=match):
+        law_nothing_comes_from_later_rows_or_other_requests(broken(7))
+
+
+@pytest.mark.parametrize(
+    ("broken", "match"), [(ForgetsRows, "forgot"), (SeesLater, "made up"), (Deaf, "came before")]
+)
+def test_law_3_across_tokens_catches_a_pass_that_forgets(broken, match):
+    with pytest.raises(AssertionError, match=match):
+        law_parts_make_the_whole(broken(7))
+
+
+def test_law_4_across_tokens_catches_a_branch_on_data():
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        law_it_compiles_whole_across_tokens(BranchesAcross(7))

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -112,7 +112,7 @@ class Engine:
 
 def edits_of(edits: Sequence[Edit], index: Sequence[int]) -> list[Edit]:
     """The edits of some sequences, where each has its own row of coefficients."""
-    return [replace(e, coef=e.coef[list(index)]) if e.coef.ndim == 2 else e for e in edits]
+    return [edit.of(index) for edit in edits]
 
 
 @contextmanager

@@ -137,4 +137,6 @@ def digest(maps: Interventions | None) -> str:
 
 def of_edits(edits: Iterable[Edit]) -> list[Any]:
     """All that decides what edits do, as JSON."""
-    return [[digest(e.interventions), e.coef.tolist(), str(e.where)] for e in edits]
+    return [
+        [digest(e.interventions), e.coef.tolist(), str(e.where), *map(dict, e.told)] for e in edits
+    ]

@@ -128,7 +128,7 @@ class Menu:
 
     Raises:
         InputError: a name that no request could say, or one that is given twice.
-        RefusedError: a steering that reads prompts and would steer them.
+        RefusedError: a steering that reads prompts and would steer them, or one across tokens.
     """
 
     def __init__(self, dishes: Sequence[Dish] = ()) -> None:
@@ -153,6 +153,13 @@ class Menu:
             raise RefusedError(
                 f"scope {dish.where} for a steering that reads the prompt",
                 expected="scope 'generated': what is read must stand before what is steered",
+            )
+        if dish.interventions.across_tokens:
+            raise RefusedError(
+                f"steering {dish.name!r}, which acts across tokens",
+                expected="maps of rows alone: this engine keeps nothing of a request's earlier "
+                "tokens for a map",
+                remedy="run it by the hf backend",
             )
         for name in dish.asked_as:
             if [part.name for part in mixes.parse(name)] != [name] or name in self.names:

@@ -173,7 +173,8 @@ class Meter:
                     contexts=part.contexts if late else None,
                 )
                 replay = self._replay(part.held if held else None, start)
-                with torch.inference_mode(), replay, attached:
+                # Attached first: what a request says is encoded by blocks that still run.
+                with torch.inference_mode(), attached, replay:
                     steered = self._predict(
                         part.order, part.ids[:, start:], part.mask, part.cache_at(start)
                     )
@@ -185,6 +186,8 @@ class Meter:
 
         Where an edit reads the prompt, nothing of the prompt may be edited: what it reads was kept.
         """
+        if any(edit.interventions.across_tokens for edit in edits):
+            return False  # a map must see every token of its request go by
         told = [site for e in edits for site, one in e.interventions.items() if one.contextual]
         if told and (
             any(edit.where != Where() for edit in edits) or not set(told) <= part.contexts.keys()

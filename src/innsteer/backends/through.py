@@ -651,7 +651,13 @@ class Through:
         return logits
 
     def _check_input(self, interventions: Interventions) -> None:
-        """Whether every block runs whose input a map reads."""
+        """Whether every block runs whose input a map reads, and every token that it must see."""
+        if interventions.across_tokens:
+            raise RefusedError(
+                "a map across tokens over kept prefixes, which it has not seen",
+                expected="maps of rows alone",
+                remedy="fit it on concepts, over whole requests: innsteer fit TABLE --method flas",
+            )
         first = next(iter(interventions)).layer
         if interventions.across and cut_of(interventions.sites, across=True) < self._cut:
             raise RefusedError(
