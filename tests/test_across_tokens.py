@@ -1,9 +1,11 @@
 """Maps across tokens on the Hugging Face engine: what they are told and what they keep."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from transformers import DynamicCache
 
 import tiny
@@ -477,3 +479,26 @@ def test_kept_prefixes_refuse_them(llama):
     run = Through(HF(llama), [contrast], [Site(1)])
     with pytest.raises(RefusedError, match="kept prefixes"):
         run.answers(recall(llama), [0], [1.0])
+
+
+def test_a_block_that_is_run_again_for_its_gradient_counts_once(monkeypatch):
+    """Checkpointing of a whole block, hooks included, as transformers had it."""
+    model = tiny.tiny_language_model()
+    spy, steering = spying(model, _told("brave"))
+    spy.turn = torch.nn.Parameter(spy.turn)
+    kind = type(model.layout.blocks[1].module)
+
+    def again(block, *args, **kwargs):
+        call = partial(torch.nn.Module.__call__, block, **kwargs)
+        return torch.utils.checkpoint.checkpoint(call, *args, use_reentrant=False)
+
+    grads = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            monkeypatch.setattr(kind, "__call__", again)
+        with Attachment(model, [steering]):
+            found = model.model(torch.tensor([ROWS[0]]), use_cache=False).logits
+            grads.append(torch.autograd.grad(found.square().sum(), spy.turn)[0])
+    assert len(spy.heard) == 3
+    torch.testing.assert_close(grads[1], grads[0])
+    assert grads[0].abs().max() > 0

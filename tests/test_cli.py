@@ -5,6 +5,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -1014,3 +1015,92 @@ def test_a_steering_goes_out_as_a_vector_and_comes_back(run, home, fitted):
     (home / "v.pt").write_bytes(b"any")
     code, _, err = run("import", "v.pt", "--out", "no", "-m", "model")
     assert code == 3 and "weights_only=True" in err and not (home / "no").exists()
+
+
+# --- concepts in words ---------------------------------------------------------------------------
+
+SHORT = ("updates=3", "batch=2", "parts=1", "warmup=1", "every=2", "learning_rate=0.02")
+
+
+@pytest.fixture(scope="module")
+def field(home):
+    """A folder with a short training on a table of two concepts."""
+    rows = [
+        {"concept": c, "prompt": f"Q{n}?", "response": f"{c} {n}", "split": "train"}
+        for c in ("brave", "shy")
+        for n in range(3)
+    ]
+    (home / "table.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return home / "field"
+
+
+def fitted_field(run, field):
+    if not field.exists():
+        sets = [word for name in SHORT for word in ("--set", name)]
+        code, told, _ = run(
+            *("fit", "table.jsonl", "--method", "flas", "--model", "model", "--layers", "1"),
+            *sets,
+            *("--out", field, "--json"),
+        )
+        assert code == 0
+        return json.loads(told)
+    return None
+
+
+def test_fit_on_a_table_of_concepts_and_generate_by_words(run, field):
+    told = fitted_field(run, field)
+    if told is not None:
+        assert {"concept", "other", "plain"} <= set(told["diagnostics"])
+        assert told["where"] == "all" and told["sites"] == ["1.residual"]
+        assert not list(field.parent.glob(".field.unfinished*"))
+    found = []
+    for words in (
+        ("--concept", "a sea captain", "--strength", "2"),
+        ("--strength", 'concept(concept="a sea captain")@2'),
+        ("--concept", "quite another", "--strength", "2"),
+    ):
+        code, out, _ = run("generate", field, "Hello", "-n", "4", "--json", *words)
+        assert code == 0
+        found.append(json.loads(out))
+    first, same, other = found
+    assert first["parameters"] == {"concept": "a sea captain"}
+    assert first["strengths"] == {"concept": 2.0}
+    assert first["answers"] == same["answers"] and first["identity"] == same["identity"]
+    assert first["identity"] != other["identity"] != Steering.load(field).identity
+    assert first["answers"][0]["steered_tokens"] > 0
+
+
+def test_generate_without_the_concept_that_is_asked_for_is_refused(run, field):
+    fitted_field(run, field)
+    code, _, said = run("generate", field, "Hello")
+    assert code == 2 and "concept, some text" in said
+
+
+def test_a_strength_outside_the_usable_range_gets_a_warning(run, field):
+    fitted_field(run, field)
+    steering = Steering.load(field)
+    known = {"diagnostics": {"usable_from": 0.5, "usable_to": 1.5}}
+    changed = replace(steering, provenance={**steering.provenance, **known})
+    changed.save(field.parent / "ranged", replace=True)
+    for strength, warned in (("1.5", False), ("2", True)):
+        code, _, said = run(
+            *("generate", "ranged", "Hello", "-n", "2", "--concept", "x", "-s", strength)
+        )
+        assert code == 0 and ("outside 0.5 to 1.5" in said) == warned
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("fit", "table.jsonl", "--method", "flas", "--where", "all", "--out", "x"),
+        ("fit", "table.jsonl", "table.jsonl", "--method", "flas", "--out", "x"),
+        ("fit", "mine.jsonl", "--method", "flas", "--out", "x"),
+        ("fit", "table.jsonl", "--method", "flas", "--layers", "1,2", "--out", "x"),
+        ("plan", "mine.jsonl", "--method", "flas"),
+        ("compare", "mine.jsonl", "--method", "flas", "--plan", "--out", "x"),
+    ],
+)
+def test_what_a_field_cannot_take_is_refused(run, field, words):
+    code, _, said = run(*words, "--model", "model")
+    assert code == 2 and said
+    assert not (field.parent / "x").exists()

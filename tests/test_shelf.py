@@ -105,7 +105,7 @@ def test_a_description_says_what_the_class_says(method):
     assert method["fields"] == [field.name for field in dataclasses.fields(made)]
     assert method["summary"] == (kind.__doc__ or "").partition("\n")[0] != ""
     assert method["paper"].startswith("https://")
-    known = {"pairs", "classes", "unmoved", "gradients", "model", "jacobians"}
+    known = {"pairs", "classes", "unmoved", "gradients", "model", "jacobians", "concepts"}
     assert set(method["needs"]) <= known and method["needs"]
 
 

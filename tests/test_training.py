@@ -13,7 +13,7 @@ from innsteer.backends.base import Prompt
 from innsteer.backends.hf import HF
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast, Item
-from innsteer.errors import InputError
+from innsteer.errors import FormatError, InputError
 from innsteer.interventions import Shift
 from innsteer.site import Site
 from innsteer.steerer import Answers, Intervention, Interventions
@@ -453,3 +453,86 @@ def test_teaching_refuses_a_loss_that_is_not_finite_and_a_map_without_parameters
         teach(part, given)
     with pytest.raises(InputError, match="without parameters"):
         teach(Shift(2), given)
+
+
+# --- long trainings ------------------------------------------------------------------------------
+
+
+class Stopped(Exception):
+    """What ends a training from outside."""
+
+
+def trained(run, **how):
+    maps = push()
+    settings = {"steps": 12, "batch": 4, "every": 4, "patience": 0, "unmoved": 0.5}
+    course = train_through(run, maps, **settings | how)
+    return maps[SITE].vector.detach().clone(), course
+
+
+def test_parts_of_a_batch_add_up_to_the_batch(run):
+    whole, _ = trained(run, unmoved=0.0)
+    parts, course = trained(run, unmoved=0.0, accumulate=3)
+    torch.testing.assert_close(parts, whole, rtol=1e-3, atol=1e-5)
+    assert course.gradients == 48
+
+
+def test_a_rate_rises_before_it_falls(run):
+    """After one step AdamW has moved every coordinate by the rate alone."""
+    first = trained(run, steps=8, every=1, warmup=4, unmoved=0.0, learning_rate=0.1)[1]
+    assert first.steps == list(range(9))
+    moved = {}
+    for warmup in (0, 4):
+        maps = push()
+        states = []
+        train_through(
+            run,
+            maps,
+            steps=8,
+            batch=4,
+            every=1,
+            patience=0,
+            unmoved=0.0,
+            learning_rate=0.1,
+            warmup=warmup,
+            watch=lambda _: states.append(maps[SITE].vector.detach().clone()),
+        )
+        moved[warmup] = [
+            float((b - a).abs().max()) for a, b in zip(states, states[1:], strict=False)
+        ]
+    assert moved[0][0] == pytest.approx(0.1, rel=1e-3)
+    assert moved[4][0] == pytest.approx(0.025, rel=1e-3)
+    assert max(moved[4]) > 2 * moved[4][0] and moved[4][-1] < 0.5 * max(moved[4])
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+@pytest.mark.parametrize("end", [4, 6, 12])
+def test_an_interrupted_training_goes_on_to_the_same_numbers(run, tmp_path, end, warmup):
+    want, course = trained(run, warmup=warmup)
+    path = tmp_path / "deep" / "training.safetensors"
+
+    def stop(stage, done, total):
+        if done == end:
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        trained(run, warmup=warmup, checkpoint=path, progress=stop)
+    told = []
+    found, again = trained(
+        run, warmup=warmup, checkpoint=path, progress=lambda _, done, __: told.append(done)
+    )
+    assert told[0] == (end - 1) // 4 * 4
+    assert torch.equal(found, want)
+    assert (again.steps, again.held_out, again.kept) == (course.steps, course.held_out, course.kept)
+    done, _ = trained(run, warmup=warmup, checkpoint=path)  # it was at its end
+    assert torch.equal(done, want)
+
+
+def test_a_checkpoint_of_another_training_is_refused(run, tmp_path):
+    path = tmp_path / "training.safetensors"
+    trained(run, checkpoint=path, steps=4)
+    for other in ({"steps": 5}, {"steps": 4, "seed": 1}, {"steps": 4, "accumulate": 2}):
+        with pytest.raises(InputError, match="another training"):
+            trained(run, checkpoint=path, **other)
+    path.write_bytes(b"torn")
+    with pytest.raises(FormatError, match="no checkpoint"):
+        trained(run, checkpoint=path, steps=4)

@@ -76,6 +76,9 @@ STRENGTH = Annotated[
         help="A number, budget, a cost like 0.05nat, or a mix: one@1+two@budget.",
     ),
 ]
+CONCEPT = Annotated[
+    str, typer.Option(help="What to show, in words, for a method that asks for it: flas.")
+]
 LAYERS = Annotated[
     str, typer.Option(help="Blocks, from 0: 19, 15,19,23 or 19.mlp; default: by method.")
 ]
@@ -164,6 +167,14 @@ def fit(
             remedy="name the method",
         )
     fields = {} if auto else _fields(method, field or [])
+    if not auto and "concepts" in _described(method)["needs"]:
+        if rows or read or where != "generated" or together or len(data) > 1:
+            raise InputError(
+                f"--method {method} beside --rows, --read, --where, --together or several tables",
+                expected="one table of concepts, prompts and responses; every token is steered",
+            )
+        _fit_concepts(data[0], folder, method, model, layers, fields, seed, as_json)
+        return
     from innsteer import choosing, fitting
     from innsteer.activations import Activations
     from innsteer.backends.hf import HF
@@ -390,6 +401,7 @@ def generate(
     prompt: Annotated[list[str] | None, typer.Argument(help="Prompts; - or none: stdin.")] = None,
     model: MODEL = "",
     strength: STRENGTH = "",
+    concept: CONCEPT = "",
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="New tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy.")] = 0.0,
     seed: SEED = 0,
@@ -403,7 +415,7 @@ def generate(
     from innsteer.steering import Steering
 
     fitted = Steering.load(steering)
-    edit = fitted.edit(_strength(strength))
+    edit = _edit(fitted, strength, concept)
     texts = [text for text in prompt or ["-"] if text != "-"]
     if not prompt or "-" in prompt:
         texts += [line.strip() for line in sys.stdin if line.strip()]
@@ -430,12 +442,14 @@ def generate(
     used = {name: value for name, value in strengths.items() if value} or strengths
     told = ", ".join(f"{name} {value:.4g}" for name, value in used.items())
     text = f"strength {told if len(strengths) > 1 else told.rpartition(' ')[2]}"
-    text += f", identity {fitted.identity[:12]}"
+    text += "".join(f", {key} {value!r}" for one in edit.told for key, value in one.items())
+    text += f", identity {fitted.told(**dict(*edit.told)).identity[:12]}"
     _done(
         as_json,
         {
             "strengths": strengths,
-            "identity": fitted.identity,
+            "parameters": dict(*edit.told),
+            "identity": fitted.told(**dict(*edit.told)).identity,
             "answers": found,
         },
         text,
@@ -448,6 +462,7 @@ def chat(
     steering: STEERING,
     model: MODEL = "",
     strength: STRENGTH = "",
+    concept: CONCEPT = "",
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="New tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy.")] = 0.0,
     seed: SEED = 0,
@@ -458,7 +473,7 @@ def chat(
     from innsteer.steering import Steering
 
     fitted = Steering.load(steering)
-    edit = fitted.edit(_strength(strength))
+    edit = _edit(fitted, strength, concept)
     backend = HF(_base(fitted, model))
     talks = bool(backend.model.tokenizer.chat_template)
     sides: dict[str, list[dict[str, str]]] = {"plain": [], "steered": []}
@@ -477,7 +492,7 @@ def chat(
             if word == "/reset":
                 sides = {name: [] for name in sides}
             elif word == "/strength":
-                edit = fitted.edit(_strength(value.strip()))
+                edit = _edit(fitted, value.strip(), concept)
                 mix = dict(zip(fitted.behaviours, edit.coef.tolist(), strict=True))
                 told = ", ".join(f"{name} {number:.4g}" for name, number in mix.items())
                 out.print(f"[dim]{_escape(told)}[/dim]")
@@ -1140,6 +1155,74 @@ def demo(
 
 
 # --- shared --------------------------------------------------------------------------------------
+
+
+def _described(method: str) -> dict[str, Any]:
+    """What the shelf says of a method."""
+    return next(row for row in shelf.describe() if row["name"] == method)
+
+
+def _fit_concepts(
+    table: str,
+    folder: Path,
+    method: str,
+    model: str,
+    layers: str,
+    fields: dict[str, Any],
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Fit one map for all concepts of a table; interrupted, the same call goes on."""
+    from innsteer import fitting
+    from innsteer.backends.hf import HF
+    from innsteer.concepts import Concepts
+    from innsteer.steerer import get
+
+    concepts = Concepts.load(table)
+    steerer: Any = get(method, **_typed(type(get(method)), fields))
+    sites = _sites(layers)
+    if len(sites) > 1:
+        raise InputError(f"--layers {layers} for {method!r}", expected="one layer")
+    with Bars(as_json) as progress, _memo(folder) as memo:
+        steering = fitting.fit_concepts(
+            HF(_load(model), memo=memo),
+            concepts,
+            steerer,
+            site=sites[0] if sites else None,
+            checkpoint=None if memo.folder is None else memo.folder / "training.safetensors",
+            seed=seed,
+            progress=progress,
+        )
+        steering = replace(steering, provenance={**steering.provenance, "model": model})
+        steering.save(folder)
+    found = steering.provenance["diagnostics"]
+    text = (
+        f"fitted {method} on {len(concepts.named('train'))} concepts in "
+        f"{steering.provenance['fit_seconds']} s -> {folder}\n"
+        f"log-probability per token of other responses, in nats: told their concept "
+        f"{found['concept']:.3f}, told another {found['other']:.3f}, plain {found['plain']:.3f}"
+    )
+    example = concepts.named("train")[0]
+    command = _command("generate", folder, "Tell me about the sea.", "--concept", example)
+    _done(as_json, _facts(steering, folder) | {"diagnostics": found}, text, command)
+
+
+def _edit(steering: Any, strength: str, concept: str) -> Any:
+    """The edit that a strength and a concept ask for; parameters may stand in the mix as well.
+
+    A strength outside the range in which the steering was found usable gets a warning.
+    """
+    parts = mixes.parse(strength) if "@" in strength or "=" in strength else ()
+    told = {key: value for part in parts for key, value in part.parameters}
+    if concept:
+        told["concept"] = concept
+    edit = steering.told(**told).edit(_strength(strength))
+    known = steering.provenance.get("diagnostics", {})
+    low, high = known.get("usable_from"), known.get("usable_to")
+    used = edit.coef[edit.coef != 0].tolist()
+    if low is not None and any(not low <= value <= high for value in used):
+        _warn(f"strength {used[0]:g} lies outside {low:g} to {high:g}, where it was found usable")
+    return edit
 
 
 def _memo(target: Path) -> Any:

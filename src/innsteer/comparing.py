@@ -150,7 +150,17 @@ class Contender:
 
 
 def inputs(steerer: Steerer) -> tuple[Input, ...]:
-    """What a method can be fitted on, as published first."""
+    """What a method can be fitted on, as published first.
+
+    Raises:
+        InputError: it learns from concepts in words, which no task of a comparison has.
+    """
+    if "concepts" in steerer.needs:
+        raise InputError(
+            f"{steerer.name!r} among contenders",
+            expected="methods that are fitted on contrasts",
+            remedy="compare its responses with innsteer generate --concept",
+        )
     if steerer.through:
         return ("model",)
     if steerer.sites == "heads":
@@ -166,11 +176,14 @@ def always() -> list[Contender]:
 def contenders(tasks: Sequence[Contrast]) -> list[Contender]:
     """Every method of the shelf on every input that it takes; one with a rule among layers twice.
 
-    Rows that seek the target are taken where all tasks are choices, a LoRA where peft is installed.
+    Methods that learn from concepts in words are left out: a task has none. Rows that seek the
+    target are taken where all tasks are choices, a LoRA where peft is installed.
     """
     found: list[Contender] = []
     choices = all(task.kind == "choice" for task in tasks)
     for name in shelf.names():
+        if "concepts" in get(name).needs:
+            continue  # it learns from another kind of table
         found += [
             Contender.of(name, one) for one in inputs(get(name)) if choices or one != "target"
         ]

@@ -14,6 +14,8 @@ from innsteer.backends.base import Progress, Prompt, Sampling, silent
 from innsteer.backends.hf import HF
 from innsteer.backends.local import Local
 from innsteer.backends.through import Through
+from innsteer.backends.told import Told
+from innsteer.concepts import Concepts
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError, LeakError, MismatchError
 from innsteer.files import require_absent
@@ -117,6 +119,13 @@ def fit(
         UnknownName: no such method or field.
     """
     steerer = get(method, **fields) if isinstance(method, str) else method
+    if "concepts" in steerer.needs:
+        raise InputError(
+            f"a contrast for {steerer.name!r}, which learns from concepts in words",
+            expected="a table with the columns concept, prompt and response",
+            remedy="fitting.fit_concepts(model, Concepts.load(file)), or innsteer fit TABLE "
+            f"--method {steerer.name}",
+        )
     contrast = each(contrast)
     if steerer.through:
         if read is not None or span != (0, None):
@@ -245,6 +254,66 @@ def fit_run(
     if folder is not None:
         acts.save(folder)
     return _fitted(model, steerer, fitted, acts, where, seed, seconds)
+
+
+def fit_concepts(
+    model: LanguageModel | HF,
+    concepts: Concepts,
+    method: str | Steerer = "flas",
+    *,
+    site: Site | None = None,
+    longest: int = 128,
+    checkpoint: str | Path | None = None,
+    seed: int = 0,
+    progress: Progress = silent,
+    **fields: Any,
+) -> Steering:
+    """Fit one map for all concepts of a table, through the model; every token is steered.
+
+    Args:
+        concepts: its training part is learnt, its validation part stops the training.
+        method: one that needs concepts. site: a block's output; default: two thirds up.
+        longest: tokens of a response that count.
+        checkpoint: a file that an interrupted training goes on from; it is left when it ends.
+        **fields: of the method.
+
+    Returns:
+        A Steering that asks each request for a concept: ``steering.told(concept="...")``.
+
+    Raises:
+        InputError: another method, or a table without training rows.
+    """
+    backend = HF.of(model)
+    steerer = get(method, **fields) if isinstance(method, str) else method
+    where = site or default_site(backend.model)
+    run = Told(
+        backend,
+        concepts,
+        where,
+        longest=longest,
+        checkpoint=None if checkpoint is None else Path(checkpoint),
+        progress=progress,
+    )
+    started = time.perf_counter()
+    fitted = steerer.fit_told(run, seed=seed)
+    provenance = {
+        "table": concepts.hash,
+        "concepts": list(concepts.named("train")),
+        "responses": {part: len(concepts.part(part)) for part in ("train", "validation", "test")},
+        "longest": longest,
+        "seed": seed,
+        "fit_seconds": round(time.perf_counter() - started, 3),
+        "torch": torch.__version__,
+        "diagnostics": steerer.learnt(run, fitted),
+    }
+    return Steering(
+        steerer,
+        fitted,
+        ("concept",),
+        Where("all"),
+        backend.model.fingerprint,
+        provenance=provenance,
+    )
 
 
 def extend(

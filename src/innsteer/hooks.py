@@ -324,8 +324,8 @@ class Attachment:
             new, left = part.leave(rows, coef.to(rows.device), carry)
             self._carries[number, site, "output"] = left
         elif isinstance(part, AcrossTokens):
-            told = self._requests.of(number, site, index.to(rows.device), rows.device)
-            new = part.steer(rows, coef.to(rows.device), told)
+            requests = self._requests.of(number, site, index.to(rows.device), rows.device)
+            new = part.steer(rows, coef.to(rows.device), requests)
         else:
             new = part(rows, coef.to(rows.device), context)
         if self._displacement is not None:
@@ -530,7 +530,7 @@ class _Requests:
             self._check(start)
         ids = call.get("input_ids")
         self._ids = torch.full_like(positions, -1) if ids is None else ids
-        self._positions = positions
+        self._positions, self._start = positions, start
         known = prompts is not None
         self._ends = [_entry(prompts, row, batch) - 1 for row in range(batch)] if known else None
 
@@ -547,6 +547,11 @@ class _Requests:
             layer = self._layers.setdefault(
                 (number, site, name), _Kept((number, site, name), edit.interventions)
             )
+            if layer.get_seq_length() > self._start:  # this block is run again (checkpointing)
+                layer.keys, layer.values = (
+                    None if old is None else old[..., : self._start, :]
+                    for old in (layer.keys, layer.values)
+                )
             both = layer.update(keys.unsqueeze(1), values.unsqueeze(1))
             return both[0].squeeze(1), both[1].squeeze(1)
 

@@ -4,7 +4,8 @@ Knows models, tokenizers and chat templates; nothing of steering.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -165,20 +166,16 @@ class LanguageModel:
             raise InputError(
                 f"{blocks} blocks", expected=f"1 to {len(self.layout.blocks)}, of this model"
             )
-        found = []
-
-        def stop(_: Any, args: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
-            raise _Enough
-
-        handle = self.layout.blocks[blocks - 1].module.register_forward_hook(stop)
+        found: list[Any] = []
+        last = self.layout.blocks[blocks - 1].module
+        handle = last.register_forward_hook(lambda _, args, output: found.append(output))
         try:
-            self.model.base_model(torch.tensor([ids], device=self.device), use_cache=False)
-        except _Enough:
-            pass
+            with until(last):
+                self.model.base_model(torch.tensor([ids], device=self.device), use_cache=False)
         finally:
             handle.remove()
-        states: Tensor = last_norm(self.model.base_model, self.layout.width)(found[0])[0].float()
+        h = found[0][0] if isinstance(found[0], tuple) else found[0]
+        states: Tensor = last_norm(self.model.base_model, self.layout.width)(h)[0].float()
         return states
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -233,6 +230,22 @@ class LanguageModel:
         if whole[: len(ids)] == ids:
             return whole
         return ids + self._ids(answer)
+
+
+@contextmanager
+def until(module: nn.Module) -> Iterator[None]:
+    """A forward pass inside ends after a module, and after the hooks that it has by now."""
+
+    def stop(*_: object) -> None:
+        raise _Enough
+
+    handle = module.register_forward_hook(stop)
+    try:
+        yield
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
 
 
 def last_norm(base: nn.Module, width: int) -> nn.Module:

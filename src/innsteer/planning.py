@@ -129,6 +129,12 @@ def plan(
         InputError: what ``fit`` would refuse of these arguments and data.
     """
     steerer = get(method, **fields) if isinstance(method, str) else method
+    if "concepts" in steerer.needs:
+        raise InputError(
+            f"a plan for {steerer.name!r}, which learns from concepts in words",
+            expected="a method that is fitted on contrasts",
+            remedy="time a few steps: --set updates=10; the training itself can be interrupted",
+        )
     contrasts = each(contrast)
     if "jacobians" in steerer.needs:
         raise InputError(

@@ -9,6 +9,7 @@ import dataclasses
 import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -167,10 +168,10 @@ class AcrossTokens(Intervention):
     """An intervention that sees the edited rows before each row of the same request.
 
     Engines call ``steer``, which keeps the laws, with a ``TokenContext``; subclasses write
-    ``move``. What it shall remember of a request's earlier tokens
-    goes through ``TokenContext.remember``: the engine keeps it, re-orders it with beams, cuts it on
-    roll-back, and refuses cached tokens that went by without it. ``asks`` names the parameters that
-    a request must give, of which ``prepare`` makes its memory once.
+    ``move``. What it shall remember of a request's earlier tokens goes through
+    ``TokenContext.remember``: the engine keeps it, re-orders it with beams, cuts it on roll-back,
+    and refuses cached tokens that went by without it. ``asks`` names the parameters that a request
+    must give, of which ``prepare`` makes its memory once.
 
     Nothing a row is told comes from later rows, or from another request. Alone, on rows, it says
     nothing.
@@ -340,6 +341,34 @@ def _key(site: Site) -> str:
     return f"{site.stream}_{site.layer}"
 
 
+@dataclasses.dataclass(frozen=True)
+class BlockCopy:
+    """The weights of one decoder block of the base model, to start a map from; nobody else's.
+
+    Attributes:
+        weights: ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down`` as ``[out, in]``; a bias as
+            ``q.bias`` and so on; norms as what they multiply by: ``attention_norm``, ``mlp_norm``,
+            and, where the block has them, ``q_norm``, ``k_norm`` (of heads), ``attention_after``,
+            ``mlp_after`` (of what a part adds).
+        rope: inverse frequencies ``[rotated / 2]``, radians per position.
+        heads, kv_heads, head: query heads, key heads, and the width of one.
+        activation: of the MLP, ``silu``, ``gelu`` or ``gelu_tanh``.
+        eps: of the norms. scale: of attention logits. cap: their soft limit, 0 = none.
+        rope_scale: a factor on the rotation's cosines and sines.
+    """
+
+    weights: Mapping[str, Tensor]
+    rope: Tensor
+    heads: int
+    kv_heads: int
+    head: int
+    activation: str
+    eps: float
+    scale: float
+    cap: float
+    rope_scale: float
+
+
 class Answers(NamedTuple):
     """Log-probabilities ``[items]`` of the two answers, summed over each answer's tokens, nats."""
 
@@ -371,6 +400,60 @@ class Chain(Protocol):
 
     def jacobian(self, block: int, *, prompts: int = 50, rank: int = 0, seed: int = 0) -> Tensor:
         """d output / d input ``[d, d]`` of a block at one token, meaned over target texts."""
+        ...
+
+
+USABLE = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""Strengths that are tried for the range in which a map of concepts can be used."""
+
+
+class ConceptRun(Protocol):
+    """A model seen through a keyhole, for methods that learn from concepts in words.
+
+    Whole requests, every token steered and told a concept. Items go by number; the parts are
+    ``train``, ``validation`` (other responses of the same concepts) and ``test``.
+    """
+
+    sites: tuple[Site, ...]
+    unmoved: tuple[int, ...]
+    checkpoint: Path | None
+    progress: Callable[[str, int, int], None]
+
+    @property
+    def width(self) -> int:
+        """d, of the site's rows."""
+        ...
+
+    @property
+    def unit(self) -> float:
+        """The spread of a coordinate at the site."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """All that a loss depends on but the map."""
+        ...
+
+    def items(self, split: str = "train") -> list[int]:
+        """Numbers of the items of a part."""
+        ...
+
+    def concept(self, item: int) -> str:
+        """The concept that an item's response shows."""
+        ...
+
+    def told(
+        self,
+        interventions: Interventions | None,
+        items: Sequence[int],
+        strengths: Sequence[float],
+        concepts: Sequence[str] = (),
+    ) -> Tensor:
+        """Mean log-probability per response token of items, told their concepts or others."""
+        ...
+
+    def block(self, layer: int) -> BlockCopy:
+        """A copy of a block's weights."""
         ...
 
 
@@ -423,7 +506,8 @@ class Steerer(ABC):
     Class variables describe the method for people and tools; they are literals, because the shelf
     is read without importing it. ``needs`` is any of ``pairs``, ``classes``, ``unmoved`` (rows that
     stand among those that seek the target), ``gradients`` (target-seeking rows), ``model``,
-    ``jacobians`` (of the blocks: ``fit_through`` then gets a ``Chain``, and lone items will do). A
+    ``jacobians`` (of the blocks: ``fit_through`` then gets a ``Chain``, and lone items will do),
+    ``concepts`` (a table of concepts in words with responses, through the model). A
     method ``across_sites`` makes ``AcrossSites`` maps, which need the whole model below them. A
     method that ``erases`` takes away what tells the sides apart at strength 1, where others carry
     source to target. ``sites`` is ``any``, one or several; a method with a rule of its own among
@@ -469,6 +553,49 @@ class Steerer(ABC):
     def fit_through(self, run: Runner, *, seed: int = 0) -> Interventions:
         """Fit through the model; by default on its target-seeking rows."""
         return self.fit(run.rows(), seed=seed)
+
+    def fit_told(self, run: ConceptRun, *, seed: int = 0) -> Interventions:
+        """Fit on concepts in words, through the model; for methods that need ``concepts``.
+
+        Raises:
+            InputError: another method.
+        """
+        raise InputError(
+            f"a table of concepts for {self.name!r}",
+            expected="a method that needs concepts, such as flas",
+        )
+
+    def learnt(self, run: ConceptRun, fitted: Interventions) -> dict[str, float]:
+        """What a map of concepts makes of the validation part, or else of the training part.
+
+        Mean log-probability per token in nats of at most 64 responses at strength 1: told its own
+        ``concept``, told an ``other`` of the table, and of the ``plain`` model. ``usable_from`` and
+        ``usable_to`` are the strengths around 1, of those tried, at which the first lies above the
+        last; where it does not at 1, there are none.
+        """
+        items = (run.items("validation") or run.items())[:64]
+        named = list(dict.fromkeys(run.concept(item) for item in run.items()))
+        own = [run.concept(item) for item in items]
+        # The next one in the table: each is as often another as it is its own.
+        after = dict(zip(named, [*named[1:], *named[:1]], strict=True))
+        ones = [1.0] * len(items)
+        with torch.no_grad():
+            found = {
+                "concept": run.told(fitted, items, ones),
+                "other": run.told(fitted, items, ones, [after.get(c, named[0]) for c in own]),
+                "plain": run.told(None, items, ones),
+            }
+            told = {name: float(values.mean()) for name, values in found.items()}
+            raised = {
+                strength: float(run.told(fitted, items, [strength] * len(items)).mean())
+                > told["plain"]
+                for strength in USABLE
+            }
+        if raised[1.0]:
+            below = [s for s in USABLE if s <= 1 and all(raised[t] for t in USABLE if s <= t <= 1)]
+            above = [s for s in USABLE if s >= 1 and all(raised[t] for t in USABLE if 1 <= t <= s)]
+            told |= {"usable_from": below[0], "usable_to": above[-1]}
+        return told
 
     def extend_through(self, fitted: Interventions, run: Runner, *, seed: int = 0) -> Interventions:
         """Add a run's behaviours to a fitted map, after its own, which stay as they are."""

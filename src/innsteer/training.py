@@ -1,23 +1,28 @@
 """One trainer for every method: through the model, or on rows; the loss is a function."""
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from innsteer.activations import Activations
-from innsteer.errors import InputError
+from innsteer.errors import FormatError, InputError
+from innsteer.files import canonical, write_tensors
 from innsteer.interventions import trainable
 from innsteer.readouts import aims
 from innsteer.site import Site
-from innsteer.steerer import Intervention, Interventions, Runner
+from innsteer.steerer import ConceptRun, Intervention, Interventions, Runner, tensor_bytes
 
-Loss = Callable[[Runner, Interventions, Sequence[int]], Tensor]
-"""Mean loss of some items, differentiable."""
+Loss = Callable[[Any, Interventions, Sequence[int]], Tensor]
+"""Mean loss of some items of a run, differentiable."""
 
 
 def said(run: Runner, maps: Interventions, items: Sequence[int]) -> Tensor:
@@ -107,7 +112,7 @@ class Course:
 
 
 def train_through(
-    run: Runner,
+    run: Runner | ConceptRun,
     maps: Interventions,
     *,
     loss: Loss = said,
@@ -122,6 +127,10 @@ def train_through(
     clip: float = 1.0,
     seed: int = 0,
     watch: Callable[[int], None] | None = None,
+    accumulate: int = 1,
+    warmup: int = 0,
+    checkpoint: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> Course:
     """AdamW on a map's parameters through the frozen model, both signs, in place.
 
@@ -136,35 +145,57 @@ def train_through(
         every, patience: validate so often, stop after so many validations without a better one;
             patience 0 = run all steps and keep the best.
         watch: called with the step at every validation, before it.
+        accumulate: parts of a batch whose gradients are added up, one part in memory at a time.
+        warmup: steps over which the rate rises to its full height.
+        checkpoint: a file that holds the whole state of the training after every validation, and
+            from which the same training goes on, to the same numbers.
 
     Raises:
-        InputError: nothing to train, or a loss that is not finite.
+        InputError: nothing to train, a loss that is not finite, or another training's checkpoint.
     """
     parameters = _trained(maps)
     draw = torch.Generator().manual_seed(seed)
     items, held = run.items("train"), run.items("validation")
     still = torch.randperm(len(run.unmoved), generator=draw).tolist()
     aside, shown = still[: len(still) // 5], still[len(still) // 5 :]
-    k = len(run.behaviours)
+    kept = _Checkpoint(
+        checkpoint,
+        [steps, batch, learning_rate, weight_decay, unmoved, unmoved_batch, every, clip, seed]
+        + [accumulate, warmup, items, held, getattr(run, "digest", "")],
+        maps,
+    )
 
     def moved(places: Sequence[int], dice: torch.Generator) -> Tensor:
         """Mean KL of unmoved sequences, each at strength 1 or -1 of a random behaviour."""
+        seen = cast(Runner, run)  # a run on concepts has nothing that must not move
+        k = len(seen.behaviours)
         column = torch.randint(k, (len(places),), generator=dice)
         sign = 2.0 * torch.randint(2, (len(places), 1), generator=dice) - 1
         coef = sign * nn.functional.one_hot(column, k)
-        return run.divergence(maps, places, coef).mean()
+        return seen.divergence(maps, places, coef).mean()
 
     def whole(chosen: Sequence[int], places: Sequence[int], dice: torch.Generator) -> Tensor:
         value = loss(run, maps, chosen)
         return value + unmoved * moved(places, dice) if unmoved and places else value
 
     optimiser = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay)
-    rate = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
+    rate = _rate(optimiser, steps, warmup)
     course, best, since, started = Course(), math.inf, 0, time.perf_counter()
     state = {name: value.clone() for name, value in maps.state_dict().items()}
     queue: list[int] = []
-    for step in range(steps + 1):
-        if step % every == 0 or step == steps:
+    first = -1
+    if told := kept.load(maps, state, optimiser, draw):
+        first, best, since, queue = (told[name] for name in ("step", "best", "since", "queue"))
+        course, rate_state = Course(**told["course"]), told["rate"]
+        rate.load_state_dict(rate_state)
+        started -= course.seconds[-1]
+    for step in range(max(first, 0), steps + 1):
+        if progress is not None:
+            progress("train", step, steps)
+        if step == first:  # validated before it was kept
+            if patience and since >= patience:
+                break
+        elif step % every == 0 or step == steps:
             if watch is not None:
                 watch(step)
             with torch.no_grad():
@@ -183,6 +214,9 @@ def train_through(
             if value < best:
                 best, course.kept = value, step
                 state = {name: tensor.clone() for name, tensor in maps.state_dict().items()}
+            now = {"step": step, "best": best, "since": since, "queue": queue}
+            now |= {"course": vars(course), "rate": rate.state_dict()}
+            kept.save(maps, state, optimiser, draw, now)
             if patience and since >= patience:
                 break
         if step == steps:
@@ -192,14 +226,106 @@ def train_through(
         chosen, queue = queue[:batch], queue[batch:]
         few = torch.randperm(len(shown), generator=draw)[:unmoved_batch].tolist()
         optimiser.zero_grad(set_to_none=True)
-        asked = whole(chosen, [shown[n] for n in few], draw)
-        asked.backward()  # type: ignore[no-untyped-call]
+        size = math.ceil(len(chosen) / accumulate)
+        for start in range(0, len(chosen), size):
+            part = chosen[start : start + size]
+            asked = whole(part, [shown[n] for n in few], draw)
+            (asked * (len(part) / len(chosen))).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(parameters, clip)
         optimiser.step()
         rate.step()
         course.gradients += len(chosen)
     maps.load_state_dict(state)
     return course
+
+
+def _rate(optimiser: torch.optim.Optimizer, steps: int, warmup: int) -> Any:
+    """Cosine decay to 0 after a linear rise."""
+    if not warmup:
+        return torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, max(steps, 1))
+
+    def height(step: int) -> float:
+        done = max(step - warmup, 0) / max(steps - warmup, 1)
+        return min((step + 1) / warmup, 1.0) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+    return torch.optim.lr_scheduler.LambdaLR(optimiser, height)
+
+
+class _Checkpoint:
+    """A training's whole state in one safetensors file; without a path, nothing.
+
+    Args:
+        about: what makes it this training and no other, beside what the map started from.
+    """
+
+    def __init__(self, path: Path | None, about: Any, maps: Interventions) -> None:
+        self._path = path
+        if path is not None:
+            digest = hashlib.sha256(canonical(about))
+            for content in tensor_bytes(maps):
+                digest.update(content)
+            self._about = digest.hexdigest()
+
+    def save(
+        self,
+        maps: Interventions,
+        best: dict[str, Tensor],
+        optimiser: torch.optim.Optimizer,
+        draw: torch.Generator,
+        told: dict[str, Any],
+    ) -> None:
+        """Write everything, whole or not at all."""
+        if self._path is None:
+            return
+        tensors = {f"map.{name}": tensor for name, tensor in maps.state_dict().items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in best.items()}
+        for number, own in optimiser.state_dict()["state"].items():
+            tensors |= {f"adam.{number}.{name}": tensor for name, tensor in own.items()}
+        tensors["draw"] = draw.get_state()
+        rates = [group["lr"] for group in optimiser.param_groups]
+        state = {**told, "about": self._about, "rates": rates}
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        cpu = {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+        write_tensors(self._path, cpu, {"state": json.dumps(state)})
+
+    def load(
+        self,
+        maps: Interventions,
+        best: dict[str, Tensor],
+        optimiser: torch.optim.Optimizer,
+        draw: torch.Generator,
+    ) -> dict[str, Any] | None:
+        """Put back what was kept; None: nothing was."""
+        if self._path is None or not self._path.exists():
+            return None
+        try:
+            with safe_open(self._path, "pt") as file:
+                state: dict[str, Any] = json.loads((file.metadata() or {})["state"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
+        except (SafetensorError, KeyError, ValueError, OSError) as error:
+            raise FormatError(f"{self._path} is no checkpoint: {error}") from error
+        if state["about"] != self._about:
+            raise InputError(
+                f"{self._path}, the checkpoint of another training",
+                expected="the same table, model, site, settings and seed",
+                remedy="finish that one with its own command, or remove the file",
+            )
+
+        def under(lead: str) -> dict[str, Tensor]:
+            return {n.removeprefix(lead): t for n, t in tensors.items() if n.startswith(lead)}
+
+        maps.load_state_dict(under("map."))
+        best |= under("best.")
+        draw.set_state(tensors["draw"])
+        adam: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in under("adam.").items():
+            number, _, kind = name.partition(".")
+            adam.setdefault(int(number), {})[kind] = tensor
+        own = optimiser.state_dict()
+        optimiser.load_state_dict({**own, "state": adam})
+        for group, rate in zip(optimiser.param_groups, state["rates"], strict=True):
+            group["lr"] = rate
+        return state
 
 
 def best_scale(

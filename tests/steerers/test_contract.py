@@ -740,6 +740,70 @@ def test_health_figures_are_finite_numbers(name):
     assert all(isinstance(value, float) and abs(value) < float("inf") for value in figures.values())
 
 
+# --- and every method across tokens its own ------------------------------------------------------
+
+
+@cache
+def made(name: str) -> Steering:
+    """The method's map at one site, with parameters drawn at random: its fit needs a model."""
+    method = steerer.get(name)
+    maps = method.build({Site(1): 7})
+    draw = torch.Generator().manual_seed(2)
+    for weight in maps.parameters():
+        weight.data.copy_(torch.randn(weight.shape, generator=draw) / weight.shape[-1] ** 0.5)
+    return Steering(method, maps.eval().requires_grad_(False), ("concept",))
+
+
+def across(name: str) -> AcrossTokens:
+    """That map."""
+    part = made(name).interventions[Site(1)]
+    assert isinstance(part, AcrossTokens)
+    return part
+
+
+@across_tokens
+@both_dtypes
+def test_untouched_rows_stay_and_are_seen_by_nobody(name, dtype):
+    law_untouched_rows_stay_and_are_seen_by_nobody(across(name), dtype)
+
+
+@across_tokens
+@both_dtypes
+def test_form_is_kept_across_tokens(name, dtype):
+    law_form_is_kept_across_tokens(across(name), dtype)
+
+
+@across_tokens
+def test_nothing_comes_from_later_rows_or_other_requests(name):
+    law_nothing_comes_from_later_rows_or_other_requests(across(name))
+
+
+@across_tokens
+def test_parts_make_the_whole(name):
+    law_parts_make_the_whole(across(name))
+
+
+@across_tokens
+def test_it_compiles_whole_across_tokens(name):
+    law_it_compiles_whole_across_tokens(across(name))
+
+
+@across_tokens
+def test_save_and_load_keep_what_a_map_across_tokens_does(name, tmp_path):
+    loaded = Steering.load(made(name).save(tmp_path / "steering"))
+    assert loaded.identity == made(name).identity, "another identity"
+    own, other = across(name), loaded.interventions[Site(1)]
+    h, coef = rows(7), strengths(1)
+    want = own.steer(h, coef, context(own)[0])
+    assert torch.equal(other.steer(h, coef, context(other)[0]), want), "another output"
+
+
+@across_tokens
+def test_rows_alone_are_refused_across_tokens(name):
+    with pytest.raises(InputError, match="TokenContext"):
+        across(name)(rows(7), strengths(1))
+
+
 # --- every law catches the copy that breaks it ---------------------------------------------------
 
 
