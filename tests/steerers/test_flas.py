@@ -366,8 +366,7 @@ def test_steps_that_share_a_cache_are_noticed(llama, monkeypatch):
     torch.testing.assert_close(cached(), want, **FAR)
     own = Field.velocity
     monkeypatch.setattr(Field, "velocity", lambda s, h, t, tokens, step=0: own(s, h, t, tokens, 0))
-    with pytest.raises(RuntimeError, match="size of tensor"):
-        cached()
+    assert (cached() - want).abs().max() > 0.01
 
 
 def test_a_concept_and_a_strength_say_what_happens(llama):
