@@ -342,9 +342,10 @@ def behaviours(rounds: int = 5, most: int = 64) -> Figures:
     wide = one.steerer.build({Site(LAYER): part.width}, most)
     state = wide[Site(LAYER)].state_dict()
     for name, tensor in part.state_dict().items():
-        same = state[name].shape == tensor.shape
-        spread = torch.randn(state[name].shape, generator=drawn) * tensor.std()
-        state[name] = tensor if same else spread
+        if state[name].shape == tensor.shape:
+            state[name] = tensor
+        else:  # a row per behaviour, in the fitted one's size
+            state[name] = torch.randn(state[name].shape, generator=drawn) * tensor.std()
     wide[Site(LAYER)].load_state_dict(state)
     names = tuple(f"b{n}" for n in range(most))
     many = replace(one, interventions=wide, behaviours=names)
