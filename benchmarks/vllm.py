@@ -2,6 +2,7 @@
 
     python benchmarks/vllm.py parity --dtype float32
     python benchmarks/vllm.py mixed
+    python benchmarks/vllm.py ways         # compiled, on two ranks, with requests put off
     python benchmarks/vllm.py speed
     python benchmarks/vllm.py layers       # one site, and all
     python benchmarks/vllm.py behaviours   # many of them in one batch
@@ -65,7 +66,16 @@ LAYER = 19
 FAMILIES = ("innsteer", "diffmean", "linear_act", "mimic")
 OPEN = ["a GPU: V2 runner, CUDA graphs, throughput"]
 """What no part here measures."""
-PARTS = ("parity-float32", "parity-bfloat16", "mixed", "speed", "layers", "behaviours", "http")
+PARTS = (
+    "parity-float32",
+    "parity-bfloat16",
+    "mixed",
+    "ways",
+    "speed",
+    "layers",
+    "behaviours",
+    "http",
+)
 Figures = list[dict[str, Any]]
 
 
@@ -226,6 +236,86 @@ def gaps_of(solo: Sequence[Any], others: Sequence[Any]) -> tuple[list[float], in
             ties += margin[same] < 1e-3
             wrong += margin[same] >= 1e-3
     return gaps, ties, wrong
+
+
+# --- ways to run ---
+
+
+WAY = """
+import json, os, sys
+
+os.environ |= {"VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
+model, config, how = sys.argv[1], *map(json.loads, sys.argv[2:])
+if "tensor_parallel_size" in how:
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "0|1"
+from vllm import LLM, SamplingParams
+
+if __name__ == "__main__":
+    llm = LLM(
+        model, dtype="float32", max_model_len=512, max_num_seqs=8, disable_log_stats=False,
+        additional_config=config, **how,
+    )
+    mixes = ["", "flow@1", "shift@-0.5", "ever@0.5", "flow@0.5+ever@0.5", "", "flow@-1", "shift@1"]
+    params = [
+        SamplingParams(
+            max_tokens=100, temperature=0, ignore_eos=True, logprobs=2,
+            extra_args={"steering": mix} if mix else None,
+        )
+        for mix in mixes
+    ]
+    given = [
+        {"prompt_token_ids": [500 + (7 * i * i + 13 * n) % 8000 for i in range(200 + n)]}
+        for n in range(len(mixes))
+    ]
+    found = []
+    for output in llm.generate(given, params, use_tqdm=False):
+        (one,) = output.outputs
+        steps = list(zip(one.logprobs, one.token_ids))
+        tops = [sorted(e.logprob for e in step.values())[-2:] for step, _ in steps]
+        chosen = [step[token].logprob for step, token in steps]
+        found.append([list(one.token_ids), chosen, [high - low for low, high in tops]])
+    off = [m.value for m in llm.get_metrics() if m.name == "vllm:num_preemptions"]
+    print("FOUND", json.dumps([found, off]))
+"""
+
+
+def ways() -> Figures:
+    """The same eight requests, six of them steered, in every way to run against the eager one."""
+    acts, found = rows(), []
+    eager = {"enforce_eager": True}
+    others = {
+        "compiled": {"enforce_eager": False},
+        "two ranks": eager | {"tensor_parallel_size": 2},
+        # Eight requests grow to three blocks each.
+        "requests put off": eager | {"num_gpu_blocks_override": 20},
+    }
+    with tempfile.TemporaryDirectory() as home:
+        made = {
+            "flow": fitted("innsteer", acts, hidden=128, couplings=4, epochs=40),
+            "shift": fitted("diffmean", acts),
+        }
+        made["ever"] = replace(made["shift"], where=Where("all"))
+        folders = {name: str(one.save(f"{home}/{name}")) for name, one in made.items()}
+        config = json.dumps({MARK: server.configuration(folders)})
+        (script := Path(home) / "way.py").write_text(WAY)
+        command = [sys.executable, str(script), str(smollm2_folder()), config]
+        run = {
+            name: json.loads(told([*command, json.dumps(how)]).rpartition("FOUND ")[2])
+            for name, how in ({"eager": eager} | others).items()
+        }
+    for name in others:
+        answers, off = run[name]
+        gaps, ties, wrong = gaps_of(run["eager"][0], answers)
+        tokens, label = len(gaps) - 1, f"{name} against eager"
+        found += [
+            figure(f"{label}: |dlogprob|, maximum", max(gaps), "<= 0.001", "nats", tokens),
+            figure(f"{label}: answers that part at a tie within 1e-3", ties, "", "n", 8),
+            figure(f"{label}: answers that part elsewhere", wrong, "<= 0", "n", 8),
+        ]
+        if name == "requests put off":
+            found.append(figure(f"{label}: how often", sum(off), ">= 1", "n", 8))
+        print(found[-3:], flush=True)
+    return found
 
 
 # --- speed ---------------------------------------------------------------------------------------
@@ -558,7 +648,13 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     started = time.perf_counter()
-    plain = {"mixed": mixed, "speed": speed, "layers": layers, "behaviours": behaviours}
+    plain = {
+        "mixed": mixed,
+        "ways": ways,
+        "speed": speed,
+        "layers": layers,
+        "behaviours": behaviours,
+    }
     if given.part == "parity":
         name, found = f"parity-{given.dtype}", parity(given.dtype)
     elif given.part == "http":

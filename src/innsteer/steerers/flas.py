@@ -68,7 +68,7 @@ def linear(inputs: int, outputs: int, *, bias: bool = False) -> nn.Linear:
 
 def _split(x: Tensor, head: int) -> Tensor:
     """``[..., heads * head]`` as ``[..., heads, head]``."""
-    return x.reshape(*x.shape[:-1], -1, head)
+    return x.reshape(*x.shape[:-1], x.shape[-1] // head, head)
 
 
 class Attention(nn.Module):
