@@ -81,9 +81,11 @@ class Intervention(nn.Module, ABC):
 
     def compute_dtype(self, h: Tensor) -> torch.dtype:
         """float64 when module and input are float64, else float32: bf16 loses a flow's inverse."""
+        if h.dtype != torch.float64:
+            return torch.float32
         tensors = [*self.parameters(), *self.buffers()]
         double = all(t.dtype == torch.float64 for t in tensors if t.is_floating_point())
-        return torch.float64 if h.dtype == torch.float64 and double else torch.float32
+        return torch.float64 if double else torch.float32
 
 
 class AcrossSites(Intervention):
@@ -133,16 +135,17 @@ class AcrossSites(Intervention):
         """``read``, with the laws: what engines call with rows of any dtype."""
         dtype = self.compute_dtype(h_in)
         carry = carry.to(dtype)
-        return self._kept(h_in, coef, carry, self.read(h_in.to(dtype), coef.to(dtype), carry))
+        new = self.read(h_in.to(dtype), coef.to(dtype), carry)
+        return self._kept(*self._rows(h_in, coef, carry), carry, new)
 
     def leave(self, h_out: Tensor, coef: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         """``write``, with the laws: new rows in the dtype of ``h_out``, and the carry."""
         dtype = self.compute_dtype(h_out)
         carry = carry.to(dtype)
         edited, after = self.write(h_out.to(dtype), coef.to(dtype), carry)
-        touched = self.touched(h_out, coef) & torch.isfinite(carry).all(-1)
-        new = torch.where(touched.unsqueeze(-1), edited.to(h_out.dtype), h_out)
-        return new, self._kept(h_out, coef, carry, after)
+        asked, fine = self._rows(h_out, coef, carry)
+        new = torch.where(asked & fine, edited.to(h_out.dtype), h_out)
+        return new, self._kept(asked, fine, carry, after)
 
     def displacement(self, h: Tensor, coef: Tensor) -> Tensor:
         """None: rows of one site do not say what the block's input was.
@@ -157,10 +160,16 @@ class AcrossSites(Intervention):
         )
 
     @staticmethod
-    def _kept(h: Tensor, coef: Tensor, old: Tensor, new: Tensor) -> Tensor:
+    def _rows(h: Tensor, coef: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+        """Which rows are to be steered, and which can be, ``[tokens, 1]`` each."""
+        finite = torch.isfinite(h).all(-1, keepdim=True)
+        return (coef != 0).any(-1, keepdim=True), finite & torch.isfinite(carry).all(
+            -1, keepdim=True
+        )
+
+    @staticmethod
+    def _kept(asked: Tensor, fine: Tensor, old: Tensor, new: Tensor) -> Tensor:
         """The new carry where a row is steered, NaN where that cannot be, else the old one."""
-        fine = torch.isfinite(h).all(-1, keepdim=True) & torch.isfinite(old).all(-1, keepdim=True)
-        asked = (coef != 0).any(-1, keepdim=True)
         return torch.where(asked, torch.where(fine, new, torch.nan), old)
 
 

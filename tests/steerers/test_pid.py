@@ -8,7 +8,8 @@ from torch import Tensor
 
 import tiny
 import words
-from innsteer import fitting, tuning
+from edits import seen
+from innsteer import exchange, fitting, tuning
 from innsteer.activations import Activations, Rows
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF
@@ -117,7 +118,7 @@ def test_directions_may_turn_from_block_to_block():
 
 def test_a_negative_strength_holds_rows_on_the_other_side():
     part = Controller(1, 1, (1.0, 0, 0))
-    part.directions[0], part.levels[0], part.centres[0] = 1.0, 2.0, 10.0
+    part.directions[0], part.levels[0], part.origins[0] = 1.0, 2.0, 10.0
     x = torch.tensor([[4.0], [11.0], [30.0]])
     for strength, wanted in ((1.0, 12.0), (-1.0, 8.0)):
         assert (rollout([part], [lambda x: x], x, strength)[1] == wanted).all()
@@ -156,7 +157,9 @@ def test_set_points_are_those_of_the_block_below(origin):
             centre = source if origin == "source" else torch.zeros(5)
             assert float(part.levels[row]) == pytest.approx(2.5 * float(gap.norm()), rel=1e-6)
             torch.testing.assert_close(part.directions[row].double(), gap / gap.norm())
-            torch.testing.assert_close(part.centres[row].double(), centre.double())
+            assert float(part.origins[row]) == pytest.approx(
+                float(centre.double() @ gap / gap.norm()), abs=1e-6
+            )
     figures = method.diagnose(acts, maps)
     gaps = [float(level) / 2.5 for _, part in maps.items() for level in part.levels]
     assert figures == pytest.approx({"gap_least": min(gaps), "gap_most": max(gaps)}, rel=1e-6)
@@ -234,7 +237,7 @@ def loop(model, maps: Interventions, gains, reset: int, state: dict, first: int)
 
         def after(_, args, output, layer=site.layer, part=part):
             x, v, d = seen[layer], part.directions[0], output.shape[-1]
-            error = (part.levels[0] - (x - part.centres[0]) @ v)[:, None] * v
+            error = (part.levels[0] - x @ v + part.origins[0])[:, None] * v
             total = state.get("sum", torch.zeros(d)) + error
             if reset and layer % reset == 0:
                 total = total * 0
@@ -304,6 +307,25 @@ def test_it_is_tuned_saved_loaded_and_speaks(model, steering, tmp_path, monkeypa
     prompts = [Prompt("a", "What is tea?"), Prompt("b", "What is rain?")]
     said = [HF(model).generate(prompts, [s.edit("budget")], Sampling(4)) for s in (tuned, loaded)]
     assert said[0] == said[1] and all(one.steered for one in said[0])
+
+
+def test_as_a_vector_it_is_the_mean_of_what_it_adds(model):
+    fitted = fitting.fit(model, words.contrast(), "pid", sites=[Site(1), Site(2)], ki=0, kd=0)
+    ((site, vector),) = exchange.as_vector(model, fitted, words.contrast(), 0.5).items()
+    part = fitted.interventions[Site(2)]
+    assert site == Site(2)
+    along = float(vector @ part.directions[0])
+    torch.testing.assert_close(vector, along * part.directions[0], rtol=1e-3, atol=1e-4)
+    sums, count = 0.0, 0
+    for item in words.contrast().train.items:
+        for text in (item.source, item.target):
+            row = model.encode(item.prompt, answer=text)
+            with seen(model, Site(1)) as held, torch.no_grad():
+                model.model(torch.tensor([row.ids]))
+            x = held[0][0, row.prompt - 1 :]
+            errors = part.levels[0] + part.origins[0] - x @ part.directions[0]
+            sums, count = sums + 0.5 * 0.7 * float(errors.sum()), count + len(x)
+    assert along == pytest.approx(sums / count, rel=1e-3)
 
 
 def test_two_behaviours_share_the_blocks(model):

@@ -26,13 +26,13 @@ class Controller(AcrossSites):
         width: d. k: number of behaviours. gains: kp, ki, kd.
         resets: whether this block's sum begins anew, its own error left out.
 
-    ``directions`` ``[k, d]`` are unit rows or zeros, ``centres`` ``[k, d]`` and ``levels`` ``[k]``
-    are in activation units. The carry holds the sum I ``[d]``, the error of the block below ``[d]``
-    and, from input to output, this block's error along each direction ``[k]``.
+    ``directions`` v ``[k, d]`` are unit rows or zeros; ``origins`` v . o and ``levels`` lambda mu
+    ``[k]`` are in activation units. The carry holds the sum I ``[d]``, the error of the block below
+    ``[d]`` and, from input to output, this block's error along each direction ``[k]``.
     """
 
     directions: Tensor
-    centres: Tensor
+    origins: Tensor
     levels: Tensor
 
     def __init__(
@@ -42,16 +42,16 @@ class Controller(AcrossSites):
         self.width, self.carry = width, 2 * width + k
         self.gains, self.resets = gains, resets
         self.register_buffer("directions", torch.zeros(k, width))
-        self.register_buffer("centres", torch.zeros(k, width))
+        self.register_buffer("origins", torch.zeros(k))
         self.register_buffer("levels", torch.zeros(k))
 
     def read(self, h_in: Tensor, coef: Tensor, carry: Tensor) -> Tensor:
         """The errors, and the sum with them."""
-        d = self.width
-        apart = h_in.unsqueeze(1) - self.centres.to(h_in.dtype)
-        along = (apart * self.directions.to(h_in.dtype)).sum(-1)
-        errors = coef.abs() * (coef.sign() * self.levels.to(h_in.dtype) - along)
-        total = carry[:, :d] + errors @ self.directions.to(h_in.dtype)
+        d, directions = self.width, self.directions.to(h_in.dtype)
+        along = torch.nn.functional.linear(h_in, directions, -self.origins.to(h_in.dtype))
+        # |s| (sign(s) level - along): a negative strength holds rows on the origin's other side.
+        errors = coef * self.levels.to(h_in.dtype) - coef.abs() * along
+        total = torch.addmm(carry[:, :d], errors, directions)
         if self.resets:
             total = torch.zeros_like(total)
         return torch.cat([total, carry[:, d : 2 * d], errors], -1)
@@ -61,8 +61,8 @@ class Controller(AcrossSites):
         d, (kp, ki, kd) = self.width, self.gains
         total, previous, errors = carry[:, :d], carry[:, d : 2 * d], carry[:, 2 * d :]
         error = errors @ self.directions.to(h_out.dtype)
-        control = kp * error + ki * total + kd * (error - previous)
-        return h_out + control, torch.cat([total, error, errors], -1)
+        new = h_out.add(error, alpha=kp + kd).add(total, alpha=ki).sub(previous, alpha=kd)
+        return new, torch.cat([total, error, errors], -1)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class PID(Steerer):
     The rows are outputs of neighbouring blocks, since block k's input is the output of block k - 1:
     the lowest of neighbours is read only, and block 0 is never steered. ``innsteer fit`` records
     all blocks; of some, name them together (``--layers 8,9,10 --together`` steers 9 and 10). Closed
-    form; the artifact is 2 d + 1 floats per block and behaviour, and a token carries 2 d + k floats
+    form; the artifact is d + 2 floats per block and behaviour, and a token carries 2 d + k floats
     up the blocks.
 
     Strength s scales the control, and with its sign chooses the side of the set-point: that of -s
@@ -183,8 +183,8 @@ class PID(Steerer):
                 part.levels[row] = self.setpoint * length
                 if length >= NOTHING:
                     part.directions[row] = gap / length
-                if self.origin == "source":
-                    part.centres[row] = source
+                    if self.origin == "source":
+                        part.origins[row] = source @ gap / length
         for row, behaviour in enumerate(acts.behaviours):
             if not any(part.directions[row].any() for part in _controllers(fitted)):
                 raise InputError(

@@ -86,7 +86,7 @@ def controller(seed=0):
     for _, part in found.items():
         drawn = torch.randn(1, tiny.WIDTH, generator=draw)
         part.directions.copy_(drawn / drawn.norm())
-        part.centres.copy_(torch.randn(1, tiny.WIDTH, generator=draw))
+        part.origins.copy_(torch.randn(1, generator=draw))
         part.levels.copy_(torch.tensor([4.0]))
     return method, found
 
