@@ -40,6 +40,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 import numpy as np
 import torch
 from spine import figure, interval
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 # This file is called like the package that it measures.
 sys.path.remove(str(Path(__file__).resolve().parent))
@@ -279,6 +280,17 @@ if __name__ == "__main__":
 """
 
 
+def even(folder: Path) -> Path:
+    """A random model of the embedded one's width: two ranks cannot share that one's nine heads."""
+    config = AutoConfig.from_pretrained(smollm2_folder())
+    config.num_attention_heads, config.num_key_value_heads, config.head_dim = 8, 4, 64
+    config.num_hidden_layers = LAYER + 2
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(smollm2_folder()).save_pretrained(folder)
+    return folder
+
+
 def ways() -> Figures:
     """The same eight requests, six of them steered, in every way to run against the eager one."""
     acts, found = rows(), []
@@ -298,14 +310,17 @@ def ways() -> Figures:
         folders = {name: str(one.save(f"{home}/{name}")) for name, one in made.items()}
         config = json.dumps({MARK: server.configuration(folders)})
         (script := Path(home) / "way.py").write_text(WAY)
-        command = [sys.executable, str(script), str(smollm2_folder()), config]
-        run = {
-            name: json.loads(told([*command, json.dumps(how)]).rpartition("FOUND ")[2])
-            for name, how in ({"eager": eager} | others).items()
-        }
-    for name in others:
-        answers, off = run[name]
-        gaps, ties, wrong = gaps_of(run["eager"][0], answers)
+
+        def run(model: str | Path, how: dict[str, Any]) -> Any:
+            command = [sys.executable, str(script), str(model), config, json.dumps(how)]
+            return json.loads(told(command).rpartition("FOUND ")[2])
+
+        made_even = even(Path(home) / "even")
+        models = {name: made_even if "ranks" in name else smollm2_folder() for name in others}
+        solo = {model: run(model, eager)[0] for model in dict.fromkeys(models.values())}
+        done = {name: run(models[name], how) for name, how in others.items()}
+    for name, (answers, off) in done.items():
+        gaps, ties, wrong = gaps_of(solo[models[name]], answers)
         tokens, label = len(gaps) - 1, f"{name} against eager"
         found += [
             figure(f"{label}: |dlogprob|, maximum", max(gaps), "<= 0.001", "nats", tokens),
