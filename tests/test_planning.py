@@ -245,6 +245,15 @@ def test_a_plan_refuses_what_the_fit_would_refuse(model, data):
             act(model, [data, data], "diffmean")
 
 
-def test_a_fit_on_jacobians_is_not_rehearsed(model, data):
-    with pytest.raises(InputError, match="'alqr', which is fitted on Jacobians"):
-        plan(model, data, "alqr")
+@pytest.mark.parametrize("fields", [{"prompts": 5}, {"rank": 3}, {"loop": "open"}])
+def test_a_fit_on_jacobians_is_rehearsed_whole(model, data, fields):
+    planned, counted, fitted = both(model, data, "alqr", **fields)
+    assert planned.forward == counted.forward and planned.backward == 0
+    assert planned.rows == fitted.provenance["rows"]
+
+
+def test_a_plan_of_a_fit_on_jacobians_says_how_long_they_take(model, data):
+    few, more = (plan(model, data, get("alqr", prompts=n)).seconds for n in (1, 9))
+    assert {"record", "jacobians", "fit"} == set(few) and few["jacobians"] > 0
+    assert more["jacobians"] > few["jacobians"]  # nine times as many
+    assert "jacobians" not in plan(model, data, get("alqr", dynamics="identity")).seconds

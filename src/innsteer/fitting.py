@@ -218,7 +218,7 @@ def linearised(
     backend = HF.of(model)
     parts = [_fitted_part(one).train for one in each(contrast)]
     every = tuple(map(Site, range(len(backend.model.layout.blocks))))
-    return Local(backend, parts, sites or every, progress=progress)
+    return backend.chain(backend, parts, sites or every, progress=progress)
 
 
 def fit_run(

@@ -13,13 +13,14 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
 from innsteer.activations import Read
+from innsteer.backends import local
 from innsteer.backends.base import Progress, Sampling, silent
 from innsteer.backends.engine import cut_of
 from innsteer.backends.hf import HF
@@ -27,10 +28,10 @@ from innsteer.backends.meter import Reference
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError
-from innsteer.fitting import Contrasts, each, own_sites, record_parts, through
+from innsteer.fitting import Contrasts, each, linearised, own_sites, record_parts, through
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span
-from innsteer.steerer import Answers, Interventions, Steerer, get
+from innsteer.steerer import Answers, Interventions, Runner, Steerer, get
 
 PROBE = 8
 """Tokens of the pass whose shapes are weighed."""
@@ -136,16 +137,20 @@ def plan(
             remedy="time a few steps: --set updates=10; the training itself can be interrupted",
         )
     contrasts = each(contrast)
-    if "jacobians" in steerer.needs:
-        raise InputError(
-            f"a plan of {steerer.name!r}, which is fitted on Jacobians",
-            expected="a method that is fitted on rows, or trained",
-            remedy="fit it with --set prompts=1 and time that: Jacobians go by the prompt",
-        )
     backend = Rehearsal(model, draw=measure)
-    if steerer.through:
-        if read is not None or span != (0, None):
-            raise InputError(f"a read rule for {steerer.name!r}", expected="none")
+    if steerer.through and (read is not None or span != (0, None)):
+        raise InputError(f"a read rule for {steerer.name!r}", expected="none")
+    if "jacobians" in steerer.needs:
+        chain = linearised(backend, contrasts, sites, progress=progress)
+        assert isinstance(chain, Chained)
+        progress("rehearse", 0, 1)
+        run = cast(Runner, chain)
+        _, own = _rehearse(steerer, lambda one: one.fit_through(run, seed=seed), backend.tally)
+        rows, tally = chain.rows(), backend.tally
+        largest = tally.largest["record"] * _weigh(model, chain.sites).block
+        memory = {"kept": 0, "pass": largest}
+        seconds = chain.seconds() if measure else {}
+    elif steerer.through:
         started = time.perf_counter()
         run = through(backend, contrasts, sites, reworded=steerer.rewords, progress=progress)
         assert isinstance(run, Rehearsed)
@@ -318,6 +323,61 @@ class Rehearsed(Through):
         return {"kept": kept, "pass": max(prefixes, steered)}
 
 
+class Chained(local.Local):
+    """A chain whose passes are counted, and whose rows and Jacobians are noise."""
+
+    _backend: "Rehearsal"
+    _batch: Sequence[local.Read] = ()
+    _looked: Sequence[local.Read] = ()
+    _rows_looked = 0
+
+    def _inputs(
+        self,
+        texts: Sequence[local.Read],
+        interventions: Interventions | None,
+        coef: Sequence[float] | None,
+    ) -> dict[str, Tensor]:
+        self._batch = texts
+        self._backend.tally.add("record", _tokens(texts))
+        width = self._model.layout.width
+        return {str(site): torch.randn(len(texts), width) for site in self.sites}
+
+    def _made(
+        self, texts: Sequence[local.Read], blocks: Sequence[int], rank: int, seed: int
+    ) -> dict[str, Tensor]:
+        width, looks = self._model.layout.width, 2 if rank else 1
+        # What precedes the last token, and that token; a low rank looks from both sides.
+        passes = 2 * looks * -(-len(texts) // local.PROMPTS)
+        self._backend.tally.add("prefixes", looks * _tokens(texts), passes)
+        rows = 2 * (rank + local.OVERSAMPLING) if rank else width
+        self._looked, self._rows_looked = texts, self._rows_looked + rows * len(blocks)
+        if not rank:
+            return {str(n): torch.eye(width) for n in blocks}
+        parts: dict[str, tuple[int, ...]]
+        parts = {"left": (width, rank), "right": (rank, width), "error": ()}
+        return {f"{n}.{name}": torch.zeros(size) for n in blocks for name, size in parts.items()}
+
+    def seconds(self) -> dict[str, float]:
+        """How long rows and Jacobians take, by a batch of texts and by one block of some texts."""
+        tokens = self._backend.tally.tokens["record"]
+        started = time.perf_counter()
+        super()._inputs(self._batch, None, None)
+        record = (time.perf_counter() - started) / _tokens(self._batch) * tokens
+        if not self._looked:
+            return {"record": record}
+        few, block = self._looked[: local.PROMPTS], self.sites[0].layer
+        local.mean_jacobians(self._backend, few, [block])  # the first is slower
+        started = time.perf_counter()
+        local.mean_jacobians(self._backend, few, [block])
+        each = (time.perf_counter() - started) / len(few) / self._model.layout.width
+        return {"record": record, "jacobians": each * self._rows_looked * len(self._looked)}
+
+
+def _tokens(texts: Sequence[local.Read]) -> int:
+    """Tokens of a batch of texts, with padding."""
+    return len(texts) * max(len(text.ids) for text in texts)
+
+
 class Rehearsal(HF):
     """An engine that counts the passes it would run, and hands on noise of the right shape.
 
@@ -327,6 +387,7 @@ class Rehearsal(HF):
     """
 
     runner = Rehearsed
+    chain = Chained
 
     def __init__(self, model: LanguageModel, *, draw: bool) -> None:
         super().__init__(model)

@@ -16,6 +16,7 @@ from innsteer import __version__
 from innsteer.activations import Activations, Read, Rows, ShardWriter
 from innsteer.backends.base import Completion, Progress, Prompt, Sampling, silent
 from innsteer.backends.engine import Engine, as_text, edits_of, positions_of, tally, watch
+from innsteer.backends.local import Local
 from innsteer.backends.memo import Memo as Memo
 from innsteer.backends.meter import Meter as Meter
 from innsteer.backends.meter import Reference as Reference
@@ -64,6 +65,8 @@ class HF(Engine):
     name = "hf"
     runner: ClassVar[type[Through]] = Through
     """Who carries a fit through the model."""
+    chain: ClassVar[type[Local]] = Local
+    """Who carries a fit on Jacobians."""
 
     @cached_property
     def _references(self) -> dict[tuple[object, ...], Reference]:

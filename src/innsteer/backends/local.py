@@ -228,13 +228,16 @@ class Local:
         made = [str(self._model.model.dtype), asdict(self._model.fingerprint)]
         key = ["jacobians", group, rank, seed, asked, *made]
 
-        def make() -> dict[str, Tensor]:
-            if rank:
-                return self._sketched(texts, group, rank, seed)
-            found = mean_jacobians(self._backend, texts, group, progress=self._progress)
-            return {str(n): matrix for n, matrix in found.items()}
+        return self._memo.tensors(key, lambda: self._made(texts, group, rank, seed))
 
-        return self._memo.tensors(key, make)
+    def _made(
+        self, texts: Sequence[Read], blocks: Sequence[int], rank: int, seed: int
+    ) -> dict[str, Tensor]:
+        """The tensors of blocks, by name: Jacobians, or their low-rank maps."""
+        if rank:
+            return self._sketched(texts, blocks, rank, seed)
+        found = mean_jacobians(self._backend, texts, blocks, progress=self._progress)
+        return {str(n): matrix for n, matrix in found.items()}
 
     def _drawn(self, behaviour: str | None, side: str, most: int | None, seed: int) -> list[Read]:
         """Some texts of a behaviour's side, in their order; of equal sides the same items."""
