@@ -38,7 +38,7 @@ from innsteer.backends.hf import HF
 from innsteer.comparing import Comparison, Contender, Protocol
 from innsteer.contrast import Contrast
 from innsteer.files import read_json, write_json
-from innsteer.fitting import fit
+from innsteer.fitting import fit, fit_run, linearised
 from innsteer.hooks import Attachment
 from innsteer.metrics import get as metric
 from innsteer.planning import Peak
@@ -119,10 +119,11 @@ def fitted(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
     """Seconds and memory of a fit, and its tracking error beside the bound."""
     cpu, wall = time.process_time(), time.perf_counter()
     with Peak(backend.model.device) as peak:
-        steering = fit(backend, tasks[0], "alqr", progress=say)
+        chain = linearised(backend, tasks[0], progress=say)
+        steering = fit_run(backend, CLOSED.steerer, chain, tasks[0], progress=say)
     took, spent = time.perf_counter() - wall, time.process_time() - cpu
     size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30
-    tracked = linearity.tracking(backend, steering, tasks[0], progress=say)
+    tracked = linearity.tracking(backend, steering, tasks[0], chain=chain, progress=say)
     print(tracked, file=sys.stderr)
     above, n = tracked.above, tracked.texts
     ratio = [after / before for after, before in zip(tracked.error, tracked.plain, strict=True)]

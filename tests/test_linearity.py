@@ -129,6 +129,15 @@ def _nothing(closed, lipschitz, moves, reads):
     return error_bound(closed, [0.0] * len(lipschitz), moves, reads)
 
 
+def test_a_chain_that_is_given_is_not_made_again(model, fitted, monkeypatch):
+    chain = fitting.linearised(model, CHOICE)
+    monkeypatch.setattr(linearity, "linearised", None)
+    tracked = linearity.tracking(model, fitted, CHOICE, chain=chain)
+    monkeypatch.undo()
+    again = linearity.tracking(model, fitted, CHOICE)
+    assert tracked.bound == pytest.approx(again.bound, rel=1e-4)
+
+
 def test_on_a_linear_chain_the_linear_model_is_the_truth(monkeypatch):
     model = tiny.tiny_language_model("gpt2")
     for block in model.layout.blocks:

@@ -18,7 +18,7 @@ from innsteer import __version__, pages
 from innsteer.backends.base import Progress, silent
 from innsteer.backends.engine import Engine
 from innsteer.backends.hf import HF
-from innsteer.backends.local import Read, mean_jacobians, one_row, perturbed, products
+from innsteer.backends.local import Local, Read, mean_jacobians, one_row, perturbed, products
 from innsteer.contrast import Contrast, Conversation
 from innsteer.control import error_bound
 from innsteer.errors import InputError
@@ -223,6 +223,7 @@ def tracking(
     steering: Steering,
     contrast: Contrast,
     *,
+    chain: Local | None = None,
     seed: int = 0,
     progress: Progress = silent,
 ) -> Tracking:
@@ -233,7 +234,8 @@ def tracking(
     Jacobians, and the steered keys and values of earlier tokens.
 
     Args:
-        steering: of one behaviour. contrast: that it was fitted on.
+        steering: of one behaviour. contrast: that it was fitted on. chain: of that fit and seed,
+            whose Jacobians are not made again; default: a new one.
 
     Raises:
         InputError: another method, an open loop, or several behaviours.
@@ -247,7 +249,7 @@ def tracking(
         )
     backend = HF.of(model)
     steering.check(backend.model)
-    chain = linearised(backend, contrast, list(maps), progress=progress)
+    chain = chain or linearised(backend, contrast, list(maps), progress=progress)
     parts = [part for _, part in maps.items() if isinstance(part, Feedback)]
     how: dict[str, Any] = {"side": "source", "most": method.texts, "seed": seed}
     plain, steered = (chain.inputs(one, **how) for one in (None, maps))
