@@ -56,18 +56,20 @@ class Feedback(AcrossSites):
 
     def read(self, h_in: Tensor, coef: Tensor, carry: Tensor) -> Tensor:
         """The errors, by strength."""
-        # A sum per row, not a product of matrices: that one's rounding depends on the neighbours.
-        along = (h_in.unsqueeze(1) * self.reads.to(h_in.dtype)).sum(-1)
-        apart = self.origins.to(h_in.dtype) - along
-        return coef.abs() * apart + coef * self.levels.to(h_in.dtype)
+        reads, origins = self.reads.to(h_in.dtype), self.origins.to(h_in.dtype)
+        along = torch.nn.functional.linear(h_in, reads, -origins)
+        # |s| (sign(s) level - along): a negative strength holds rows on the origin's other side.
+        return coef * self.levels.to(h_in.dtype) - coef.abs() * along
 
     def write(self, h_out: Tensor, coef: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         """The block's output with the control; the carry as it came."""
-        control = carry @ self.writes.to(h_out.dtype)
-        if self.clip is not None:
-            length = control.norm(dim=-1, keepdim=True).clamp_min(1e-30)
-            control = control * (self.clip * h_out.norm(dim=-1, keepdim=True) / length).clamp_max(1)
-        return h_out + control, carry
+        writes = self.writes.to(h_out.dtype)
+        if self.clip is None:
+            return torch.addmm(h_out, carry, writes), carry
+        control = carry @ writes
+        length = control.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+        share = (self.clip * h_out.norm(dim=-1, keepdim=True) / length).clamp_max(1)
+        return h_out + share * control, carry
 
 
 class Feature(NamedTuple):
