@@ -401,7 +401,7 @@ BAD = {
     "no such verb": (["fti"], "No such command 'fti'"),
     "a bogus verb": (
         ["bogus"],
-        "record, fit, plan, extend, tune, generate, chat, eval, compare, bench, judge",
+        "record, fit, plan, concepts, extend, tune, generate, chat, eval, compare, bench, judge",
     ),
     "no argument": (["fit", "--out", "x"], "Missing argument"),
     "no out": (["fit", "mine.jsonl"], "--out"),

@@ -20,7 +20,7 @@ from rich.table import Table
 
 from innsteer import completing, mixes, shelf
 from innsteer.errors import DataError, InnsteerError, InputError, MismatchError, UnknownName
-from innsteer.files import require_absent, write_json
+from innsteer.files import require_absent, write_json, write_text
 
 app = typer.Typer(
     name="innsteer",
@@ -301,6 +301,58 @@ def plan(
     )
     text = "at most: early stopping and short answers take less; Python and its libraries beside it"
     _done(as_json, facts, text, following)
+
+
+@app.command()
+def concepts(
+    listed: Annotated[Path, typer.Argument(help="Concepts: a .txt, one per line, or a table.")],
+    file: Annotated[Path, typer.Option("--out", "-o", help="A .jsonl to write; must not exist.")],
+    model: MODEL = "smollm2",
+    by: Annotated[
+        str, typer.Option(help="Who writes instead of the model: URL#MODEL, OpenAI-compatible.")
+    ] = "",
+    each: Annotated[int, typer.Option(min=1, help="Responses asked for per concept.")] = 12,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="New tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy.")] = 1.0,
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Write a table for flas: responses that show concepts, kept where the request helped."""
+    require_absent(file)
+    if file.suffix != ".jsonl":
+        raise InputError(f"--out {file}", expected="a name that ends in .jsonl")
+    from innsteer import distilling
+    from innsteer.backends.base import Sampling
+    from innsteer.backends.hf import HF
+    from innsteer.judging import Endpoint
+    from innsteer.smollm2 import cache_folder
+
+    wanted = distilling.read_concepts(listed)
+    writer = Endpoint(*_at(by), cache_folder() / "writer", role="writer") if by else None
+    with Bars(as_json) as progress, _memo(file) as memo:
+        found = distilling.distil(
+            HF(_load(model or "smollm2"), memo=memo),
+            wanted,
+            each=each,
+            sampling=Sampling(tokens, temperature, seed),
+            writer=writer,
+            progress=progress,
+        )
+        write_text(file, "".join(f"{json.dumps(row._asdict())}\n" for row in found.kept))
+    none = [concept for concept, share in found.shares.items() if not share]
+    if none:
+        _warn(f"nothing was kept of {len(none)} concepts: {', '.join(none[:3])}")
+    count = sum(found.asked.values())
+    text = f"kept {len(found.kept)} of {count} responses ({found.share:.0%}) -> {file}"
+    data = {
+        "file": str(file),
+        "kept": len(found.kept),
+        "asked": count,
+        "share": found.share,
+        "shares": found.shares,
+        "by": by or model,
+    }
+    _done(as_json, data, text, _command("fit", file, "--method", "flas", "--out", "field"))
 
 
 @app.command()
@@ -755,9 +807,7 @@ def judge(
     from innsteer.report import Report
     from innsteer.smollm2 import cache_folder
 
-    url, mark, name = by.rpartition("#")
-    if not mark:
-        raise InputError(f"--by {by!r}", expected="URL#MODEL, like http://localhost:8000/v1#mine")
+    url, name = _at(by)
     folder = cache or cache_folder() / "judge"
     judge = judging.Judge(url, name, criterion, folder, jobs=jobs)
     loaded = Report.load(report)
@@ -1155,6 +1205,14 @@ def demo(
 
 
 # --- shared --------------------------------------------------------------------------------------
+
+
+def _at(by: str) -> tuple[str, str]:
+    """URL and model of an endpoint."""
+    url, mark, name = by.rpartition("#")
+    if not mark:
+        raise InputError(f"--by {by!r}", expected="URL#MODEL, like http://localhost:8000/v1#mine")
+    return url, name
 
 
 def _described(method: str) -> dict[str, Any]:

@@ -63,6 +63,92 @@ Reply with JSON alone: {{"better": "A"}}, {{"better": "B"}} or {{"better": "tie"
 
 
 @dataclass(frozen=True)
+class Endpoint:
+    """A chat model behind an OpenAI-compatible endpoint; what it said once is read from disk.
+
+    The key is that of the environment, ``OPENAI_API_KEY``; an endpoint that needs none gets none
+    of yours.
+
+    Args:
+        url: the endpoint's base, such as ``http://localhost:8000/v1``. model: its name there.
+        folder: where replies are kept, by the digest of what was asked.
+        retries: of a request that is refused for now (429) or fails (5xx, no connection), after the
+            time that the endpoint asks for, else after growing pauses.
+        role: what it is called in messages.
+
+    Raises:
+        InputError: a URL that is none, or holds a password; an empty model.
+    """
+
+    url: str
+    model: str
+    folder: Path
+    retries: int = 6
+    role: str = "model"
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise InputError(
+                f"{self.role} {self.url!r}", expected="a URL like http://localhost:8000/v1"
+            )
+        if parts.password or parts.username:
+            raise InputError(f"a {self.role}'s URL with a password", remedy=f"set {KEY} instead")
+        if not self.model.strip():
+            raise InputError(f"{self.role} model {self.model!r}", expected="the model's name")
+
+    def ask(self, text: str, temperature: float = 0) -> str:
+        """The reply to one message, kept or had now.
+
+        Raises:
+            InnsteerError: no reply was to be had. MissingPackage: openai is not installed.
+        """
+        asked = {
+            "model": self.model,
+            "temperature": temperature,
+            "messages": [{"role": "user", "content": text}],
+        }
+        digest = hashlib.sha256(canonical([self.url, asked])).hexdigest()
+        path = self.folder / f"{digest}.json"
+        if path.exists():
+            return str(read_json(path, f"a {self.role}'s reply").get("reply"))
+        reply = self._reply(asked)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"url": self.url, "asked": asked, "reply": reply})
+        return reply
+
+    @cached_property
+    def _client(self) -> Any:
+        """The official client: it tries again, and waits as long as an endpoint says."""
+        try:
+            from openai import OpenAI
+        except ModuleNotFoundError as error:
+            raise MissingPackage("openai", f"a {self.role}", "eval") from error
+        # The client insists on a key, and an endpoint without keys ignores it.
+        key = os.environ.get(KEY) or "none"
+        return OpenAI(base_url=self.url, api_key=key, max_retries=self.retries)
+
+    def _reply(self, asked: Mapping[str, Any]) -> str:
+        """The text that the endpoint answers."""
+        client = self._client
+        from openai import OpenAIError
+
+        try:
+            found = client.chat.completions.create(**asked)
+            return str(found.choices[0].message.content or "")
+        except OpenAIError as error:
+            raise InnsteerError(
+                f"{self.role} {self.model!r} at {self.url}: {error}",
+                remedy=f"see to the endpoint and {KEY}; what it said before is kept",
+            ) from error
+        except (AttributeError, IndexError, TypeError) as error:
+            raise InnsteerError(
+                f"{self.role} {self.model!r} at {self.url} sent no chat completion",
+                expected="the base of an OpenAI-compatible API, often ending in /v1",
+            ) from error
+
+
+@dataclass(frozen=True)
 class Judge:
     """A chat model that judges answers by a criterion.
 
@@ -89,16 +175,16 @@ class Judge:
     jobs: int = 4
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise InputError(f"judge {self.url!r}", expected="a URL like http://localhost:8000/v1")
-        if parts.password or parts.username:
-            raise InputError("a judge's URL with a password", remedy=f"set {KEY} instead")
-        if not self.model.strip() or not self.criterion.strip():
+        _ = self._endpoint
+        if not self.criterion.strip():
             raise InputError(
                 f"judge model {self.model!r} with the criterion {self.criterion!r}",
                 expected="the model's name, and a sentence that says what a good answer does",
             )
+
+    @cached_property
+    def _endpoint(self) -> Endpoint:
+        return Endpoint(self.url, self.model, self.folder, self.retries, role="judge")
 
     def rate(self, question: str, answer: str) -> float | None:
         """How far an answer meets the criterion, 0 to 10; None where the reply does not say.
@@ -128,53 +214,9 @@ class Judge:
 
     def _ask(self, form: str, question: str, *answers: str) -> str:
         """The reply to a form, kept or had now."""
-        names = ("one", "other")
-        text = form.format(
-            criterion=self.criterion, question=question, **dict(zip(names, answers, strict=False))
-        )
-        asked = {
-            "model": self.model,
-            "temperature": 0,
-            "messages": [{"role": "user", "content": text}],
-        }
-        digest = hashlib.sha256(canonical([self.url, asked])).hexdigest()
-        path = self.folder / f"{digest}.json"
-        if path.exists():
-            return str(read_json(path, "a judge's reply").get("reply"))
-        reply = self._reply(asked)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"url": self.url, "asked": asked, "reply": reply})
-        return reply
-
-    @cached_property
-    def _client(self) -> Any:
-        """The official client: it tries again, and waits as long as an endpoint says."""
-        try:
-            from openai import OpenAI
-        except ModuleNotFoundError as error:
-            raise MissingPackage("openai", "a judge", "eval") from error
-        # The client insists on a key, and an endpoint without keys ignores it.
-        key = os.environ.get(KEY) or "none"
-        return OpenAI(base_url=self.url, api_key=key, max_retries=self.retries)
-
-    def _reply(self, asked: Mapping[str, Any]) -> str:
-        """The text that the endpoint answers."""
-        client = self._client
-        from openai import OpenAIError
-
-        try:
-            found = client.chat.completions.create(**asked)
-            return str(found.choices[0].message.content or "")
-        except OpenAIError as error:
-            raise InnsteerError(
-                f"judge {self.model!r} at {self.url}: {error}",
-                remedy=f"see to the endpoint and {KEY}; what it said before is kept",
-            ) from error
-        except (AttributeError, IndexError, TypeError) as error:
-            raise InnsteerError(
-                f"judge {self.model!r} at {self.url} sent no chat completion",
-                expected="the base of an OpenAI-compatible API, often ending in /v1",
-            ) from error
+        told = dict(zip(("one", "other"), answers, strict=False))
+        text = form.format(criterion=self.criterion, question=question, **told)
+        return self._endpoint.ask(text)
 
 
 def _field(reply: str, name: str) -> Any:
