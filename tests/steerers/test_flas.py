@@ -16,8 +16,10 @@ from innsteer.backends.blocks import copy_block
 from innsteer.backends.hf import HF
 from innsteer.backends.told import Told
 from innsteer.concepts import Concepts
-from innsteer.contrast import Contrast
+from innsteer.contrast import Contrast, Item
 from innsteer.errors import FormatError, InputError, LayoutError
+from innsteer.evaluation import _by_rows
+from innsteer.exchange import as_vector
 from innsteer.fitting import fit, fit_concepts
 from innsteer.hooks import Attachment
 from innsteer.site import Site, Where
@@ -407,6 +409,16 @@ def test_saving_keeps_the_field(llama, tmp_path):
 def test_a_field_that_was_told_no_concept_is_refused(llama):
     with pytest.raises(InputError, match="concept, some text"):
         awake(llama).edit(1.0)
+
+
+def test_a_field_that_was_told_no_concept_is_not_exported(llama):
+    contrast = Contrast("concept", "open", (Item("0", "Well?", "no", "yes", None, "0"),))
+    with pytest.raises(InputError, match="concept, some text"):
+        as_vector(llama, awake(llama), contrast)
+
+
+def test_no_figure_is_drawn_from_rows_alone(llama):
+    assert not _by_rows(awake(llama).told(concept="brave"))
 
 
 @pytest.mark.parametrize(
