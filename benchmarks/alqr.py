@@ -182,7 +182,8 @@ def overhead(backend: HF, tasks: Sequence[Contrast], rounds: int = 12) -> list[F
             spent = {steered: decode(batch, steered) for steered in order}
             ratios.append(spent[True] / spent[False] - 1)
         value, low, high = interval(ratios)
-        told = f"decoding at batch {batch} on hf, 30 blocks steered: CPU seconds over plain"
+        count = len(steering.interventions)
+        told = f"decoding at batch {batch} on hf, {count} blocks steered: CPU seconds over plain"
         found.append(figure(told, value, "< 0.05", "share", rounds, low, high))
         print(found[-1], file=sys.stderr, flush=True)
     return found
