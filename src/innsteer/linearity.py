@@ -396,6 +396,7 @@ def page(found: Linearity, tracked: Tracking | None, context: Mapping[str, Any])
         "linearity.html.j2",
         drawn,
         filters={},
+        legends={plot["id"]: [_told(line) for line in plot["data"]] for plot in drawn},
         title=f"How linear {found.model} is, block by block",
         finding=finding(found),
         tracked=tracked,
@@ -407,6 +408,12 @@ def page(found: Linearity, tracked: Tracking | None, context: Mapping[str, Any])
 def _line(name: str, x: Sequence[int], y: Sequence[float], colour: str, dash: str = "solid") -> Any:
     line = {"color": colour, "width": 2.5, "dash": dash}
     return {"type": "scatter", "mode": "lines", "name": name, "x": x, "y": y, "line": line}
+
+
+def _told(line: Mapping[str, Any]) -> tuple[str, str, str]:
+    """A line in the legend: its name, its colour, and how it is drawn."""
+    how = line["line"]
+    return line["name"], how["color"], {"solid": "—", "dash": "- -", "dot": "···"}[how["dash"]]
 
 
 def _plot(name: str, data: list[Any], x: str, y: str, *, log: bool = False) -> Any:
