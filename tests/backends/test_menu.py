@@ -195,7 +195,8 @@ def test_a_receipt_tells_identities_strengths_and_counts_or_fails():
     menu = Menu([dish("both", behaviours=("x", "y")), dish("calm")])
     tally = {"touched": 3, "cached": 0, "edited": 2, "displacement": 0.1, "nonfinite": 0}
     one, two = menu.told("both.y@2+calm@1", {0: tally, 1: tally | {"touched": 9}})
-    assert one == {"identity": "bothbothboth", "strengths": {"both.y": 2.0}} | tally
+    whose = {"name": "both", "identity": "bothbothboth", "strengths": {"both.y": 2.0}}
+    assert one == whose | tally
     assert two["touched"] == 9
     assert menu.told("calm@0", {}) == []
     for tallies in ({0: tally}, {0: tally, 1: tally | {"touched": 0}}):

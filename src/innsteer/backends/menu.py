@@ -235,6 +235,7 @@ class Menu:
                 raise InputError(
                     f"steering {text!r}",
                     expected="the order in which they are applied: " + ", ".join(self.names),
+                    remedy="say them in that order",
                 )
             value = dish.resolve(part.strength or None, dish.behaviours[column])
             rows.setdefault(number, [0.0] * len(dish.behaviours))[column] = value
@@ -245,7 +246,7 @@ class Menu:
         return any(self.dishes[one.number].interventions.contextual for one in order.choices)
 
     def told(self, text: str, tallies: Mapping[int, Mapping[str, Any]]) -> list[dict[str, Any]]:
-        """A receipt: per steering its identity, its strengths, and what it did.
+        """A receipt: per steering its name, its identity, its strengths, and what it did.
 
         Args:
             text: what was asked. tallies: by number, see ``ragged.Tally``.
@@ -264,7 +265,8 @@ class Menu:
                 )
             strengths = dict(zip(dish.asked_as, coef, strict=True))
             acting = {name: value for name, value in strengths.items() if value}
-            found.append({"identity": dish.identity, "strengths": acting} | dict(tally))
+            whose = {"name": dish.name, "identity": dish.identity, "strengths": acting}
+            found.append(whose | dict(tally))
         return found
 
     def _find(self, name: str) -> tuple[int, int]:

@@ -422,3 +422,29 @@ def test_what_no_test_has_run_starts_only_when_told(llm, path, value, words):
     with pytest.raises(RefusedError, match=f"{words}, which no test has run.*--steering-untested"):
         gate.check_config(config, untested=False)
     gate.check_config(config, untested=True)
+
+
+def test_a_version_that_no_test_has_run_starts_only_when_told(llm, monkeypatch):
+    import vllm
+
+    from innsteer.backends.vllm_plugin import gate
+
+    monkeypatch.setattr(vllm, "__version__", "0.33.1")
+    config = llm.llm_engine.vllm_config
+    with pytest.raises(RefusedError, match="vLLM 0.33.1, which no test has run"):
+        gate.check_config(config, untested=False)
+    gate.check_config(config, untested=True)
+    monkeypatch.setattr(vllm, "__version__", "0.35.0")
+    with pytest.raises(RefusedError, match="0.32 up to, but not, 0.35"):
+        gate.check_names()
+
+
+def test_steerings_of_one_identity_are_counted_apart():
+    from innsteer.backends.vllm_plugin import monitoring
+
+    tally = {"touched": 3, "cached": 0, "edited": 2, "displacement": 0.1, "nonfinite": 0}
+    for name in ("one", "other", "other"):
+        monitoring.count([{"name": name, "identity": "same", "strengths": {}} | tally])
+    counts = [monitoring.RESPONSES.labels(name)._value.get() for name in ("one", "other")]
+    assert counts == [1, 2]
+    assert monitoring.TOKENS["touched"].labels("other")._value.get() == 6

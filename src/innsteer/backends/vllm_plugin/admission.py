@@ -82,7 +82,11 @@ def _admit(vllm_config: Any, request: Any) -> None:
         ("images or sound", bool(request.mm_features)),
     ):
         if found:
-            raise InputError(f"a steering beside {what}", expected="a prompt of tokens alone")
+            raise InputError(
+                f"a steering beside {what}",
+                expected="a prompt of tokens alone",
+                remedy="leave one of the two out",
+            )
     tokens = len(request.prompt_token_ids)
     prompt = asked.get(PROMPT, tokens)
     if not isinstance(prompt, int) or not 0 < prompt <= tokens:

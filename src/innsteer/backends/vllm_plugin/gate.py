@@ -14,6 +14,8 @@ import vllm
 from innsteer.errors import RefusedError
 
 FIRST, END = (0, 32), (0, 35)
+TESTED = {(0, 32)}
+"""Versions whose tests have run; the others between start only when told to."""
 NAMES = {
     "vllm.v1.engine.input_processor.InputProcessor.process_inputs": ("prompt", "params"),
     "vllm.v1.core.kv_cache_utils.generate_block_hash_extra_keys": (
@@ -43,8 +45,7 @@ def check_names(names: Mapping[str, tuple[str, ...]] = NAMES) -> None:
     Raises:
         RefusedError: another version, or a name that is not there or takes other parameters.
     """
-    version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
-    if not FIRST <= version < END:
+    if not FIRST <= _version() < END:
         raise RefusedError(
             f"vLLM {vllm.__version__}",
             expected="0.32 up to, but not, 0.35",
@@ -78,6 +79,7 @@ def check_config(vllm_config: Any, untested: bool) -> None:
         "sequence parallelism": parallel.enable_hc_sp or parallel.use_sequence_parallel_moe,
     }
     unproven = {
+        f"vLLM {vllm.__version__}": _version() not in TESTED,
         "a GPU": vllm_config.device_config.device_type != "cpu",
         "the V2 model runner": vllm_config.use_v2_model_runner,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,
@@ -91,6 +93,7 @@ def check_config(vllm_config: Any, untested: bool) -> None:
         raise RefusedError(
             f"steering with {', '.join(refused)}",
             expected="an engine in which a pass holds whole rows of the residual stream",
+            remedy="leave the flags out that ask for it",
         )
     if (refused := [name for name, found in unproven.items() if found]) and not untested:
         raise RefusedError(
@@ -98,6 +101,11 @@ def check_config(vllm_config: Any, untested: bool) -> None:
             expected="what the compatibility matrix calls tested",
             remedy="start it with --steering-untested, and measure before you trust it",
         )
+
+
+def _version() -> tuple[int, ...]:
+    """Major and minor."""
+    return tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
 
 
 def _find(name: str) -> Any:

@@ -73,7 +73,7 @@ class Steered:
                 "innsteer_receipt", args=(name,)
             )
             applied = _menu(scope).told(text, dict(found[0] or ()))
-            monitoring.count(_menu(scope), applied)
+            monitoring.count(applied)
             return {"asked": text, "applied": applied}
 
         answer = _Answer(send, receipt)

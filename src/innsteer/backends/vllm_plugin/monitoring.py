@@ -5,7 +5,7 @@ from typing import Any
 
 from prometheus_client import Counter
 
-from innsteer.backends.menu import MARK, Menu
+from innsteer.backends.menu import MARK
 
 REFUSED = Counter(
     f"{MARK}_refused_requests", "Requests refused because of what they are steered by."
@@ -25,11 +25,10 @@ TOKENS = {
 }
 
 
-def count(menu: Menu, applied: Sequence[Mapping[str, Any]]) -> None:
+def count(applied: Sequence[Mapping[str, Any]]) -> None:
     """Add what a receipt says."""
-    names = {dish.identity: dish.name for dish in menu.dishes}
     for one in applied:
-        name = names[one["identity"]]
+        name = one["name"]
         RESPONSES.labels(name).inc()
         for what, counter in TOKENS.items():
             counter.labels(name).inc(one[what])

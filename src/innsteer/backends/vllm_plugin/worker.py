@@ -101,6 +101,7 @@ class Desk:
             raise RefusedError(
                 f"steering {dish.name!r}, which acts across sites, under pipeline parallelism",
                 expected="all blocks in one process: nothing is carried to another",
+                remedy="start without --pipeline-parallel-size",
             )
         if dish.interventions.contextual and self._graphs:
             raise RefusedError(
