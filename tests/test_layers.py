@@ -14,7 +14,7 @@ ROOMS = """
     fingerprint layout smollm2 models flows shelf steerer readouts interventions gating shears
     training batches hooks steerers calibration steering backends metrics suites fitting planning
     tuning choosing exchange hub interference figures statistics pages linearity standings report
-    judging distilling evaluation comparing integrations demo doctor completing cli
+    judging distilling evaluation axbench comparing integrations demo doctor completing cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 

@@ -831,6 +831,100 @@ def judge(
 
 
 @app.command()
+def axbench(
+    steering: STEERING,
+    concepts: Annotated[Path, typer.Argument(help="Concepts: a .txt, one per line, or a table.")],
+    by: Annotated[
+        str,
+        typer.Option(help="URL#MODEL of an OpenAI-compatible judge; stand-in: offline, no score."),
+    ],
+    file: Annotated[Path, typer.Option("--out", "-o", help="JSON file to write; must not exist.")],
+    model: MODEL = "",
+    factors: Annotated[str, typer.Option(help="Strengths to choose from.")] = "0.5,1,1.5,2",
+    prompts: Annotated[
+        Path | None, typer.Option(help="Instructions: a table with a column prompt.")
+    ] = None,
+    each: Annotated[
+        int, typer.Option(min=2, help="Prompts per concept: half choose, half are scored.")
+    ] = 10,
+    unseen: Annotated[
+        bool, typer.Option("--unseen", help="Leave out concepts that the steering learnt from.")
+    ] = False,
+    tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="New tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy.")] = 1.0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of replies; default: in innsteer's cache.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 4,
+    seed: SEED = 0,
+    as_json: JSON = False,
+) -> None:
+    """Score steering by concepts as AxBench does: beside the plain and the prompted model."""
+    require_absent(file)
+    try:
+        tried = tuple(float(part) for part in factors.split(",") if part.strip())
+    except ValueError:
+        raise InputError(f"--factors {factors!r}", expected="numbers: 0.5,1,2") from None
+    from innsteer import axbench as protocol
+    from innsteer.backends.base import Sampling
+    from innsteer.backends.hf import HF
+    from innsteer.distilling import read_concepts
+    from innsteer.judging import Endpoint
+    from innsteer.smollm2 import cache_folder
+    from innsteer.steering import Steering
+
+    endpoint = None
+    if by != protocol.STAND_IN:
+        endpoint = Endpoint(*_at(by), cache or cache_folder() / "judge", role="judge")
+    fitted = Steering.load(steering)
+    learnt = set(fitted.provenance.get("concepts", ()))
+    wanted = [one for one in read_concepts(concepts) if not unseen or one not in learnt]
+    if not wanted:
+        raise InputError(
+            f"no concept in {concepts} that {steering} has not learnt from",
+            expected="one at least",
+            remedy="leave out --unseen, or name other concepts",
+        )
+    arms = [protocol.unsteered(), protocol.prompting(), protocol.told(fitted, tried)]
+    asked = None if prompts is None else protocol.read_prompts(prompts)
+    with Bars(as_json) as progress, _memo(file) as memo:
+        backend = HF(_base(fitted, model), memo=memo)
+        judge: protocol.Judging = protocol.StandIn(backend)
+        if endpoint is not None:
+            judge = protocol.ByEndpoint(endpoint, jobs)
+        found = protocol.run(
+            backend,
+            arms,
+            wanted,
+            judge,
+            each=each,
+            prompts=asked,
+            sampling=Sampling(tokens, temperature, seed),
+            progress=progress,
+        )
+        found["learnt"] = [one for one in wanted if one in learnt]
+        found["identity"] = fitted.identity
+        write_json(file, found)
+    if found["unparsed"]:
+        _warn(f"{found['unparsed']} of {found['replies']} replies say nothing and count nowhere")
+    if found["left_out"]:
+        _warn(f"not judged in all arms, left out: {', '.join(found['left_out'])}")
+    if not as_json:
+        out.print(_concepts_table(found))
+    gaps = [one for one in found["figures"] if one["against"]]
+    text = "".join(
+        "{arm} less {against}: {value:+.3f} ({low:+.3f} to {high:+.3f})\n".format(**one)
+        for one in gaps
+    )
+    text += (
+        f"{found['label']}\n{len(wanted) - len(found['left_out'])} concepts, "
+        f"{len(found['learnt'])} of {len(wanted)} learnt from -> {file}"
+    )
+    following = _command("generate", steering, "Hello", "--concept", wanted[0], *_of(model))
+    _done(as_json, found, text, following)
+
+
+@app.command()
 def interference(
     steering: STEERING,
     data: DATAS,
@@ -1606,6 +1700,28 @@ def _verdicts_table(figures: list[dict[str, Any]]) -> Table:
     return table
 
 
+def _concepts_table(found: dict[str, Any]) -> Table:
+    """Score and judgements of every arm, and how many could not be read."""
+    parts = list(next(iter(found["unparsed_by"].values())))
+    heads = ("factor", "score", "95 % interval", *parts, "unparsed")
+    table = Table(title=_escape(found["label"]), padding=(0, 0))
+    table.add_column("arm", no_wrap=True)
+    for head in heads:
+        table.add_column(head)
+    figures = {(one["arm"], one["metric"]): one for one in found["figures"] if not one["against"]}
+    for arm, unparsed in found["unparsed_by"].items():
+        score = figures[arm, "score"]
+        table.add_row(
+            _escape(arm),
+            f"{score['strength']:.3g}",
+            f"{score['value']:.3f}",
+            f"{score['low']:.2f} to {score['high']:.2f}",
+            *(f"{figures[arm, part]['value']:.3f}" for part in parts),
+            str(sum(unparsed.values())),
+        )
+    return table
+
+
 def _dose_table(steering: Any) -> Table:
     """Dose and response."""
     columns = ("strength", "cost (nats/token)", "90 % interval", "displacement", "control")
@@ -1686,7 +1802,7 @@ def main() -> NoReturn:
 
 def _left() -> str:
     """What a verb that did not end leaves behind."""
-    goes_on = {"record", "fit", "extend", "tune", "eval", "compare"} & set(sys.argv[1:2])
+    goes_on = {"record", "fit", "extend", "tune", "eval", "compare", "axbench"} & set(sys.argv[1:2])
     return "the same command goes on where it stopped" if goes_on else "nothing was written"
 
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from innsteer.backends.base import Completion, Progress, silent
@@ -20,6 +20,8 @@ from innsteer.metrics.base import Measured, Metric, Score
 from innsteer.report import Report
 
 KEY = "OPENAI_API_KEY"
+T = TypeVar("T")
+U = TypeVar("U")
 Heard = tuple[float | None, ...]
 """What was made of the one or two replies about an answer; None: nothing."""
 MOST = 10
@@ -192,7 +194,7 @@ class Judge:
         Raises:
             InnsteerError: no reply was to be had. MissingPackage: openai is not installed.
         """
-        found = _field(self._ask(_RATE, question, answer), "score")
+        found = said_field(self._ask(_RATE, question, answer), "score")
         number = isinstance(found, int | float) and not isinstance(found, bool)
         return float(found) if number and 0 <= found <= MOST else None
 
@@ -206,7 +208,7 @@ class Judge:
         """
         wins = {"A": 1.0, "B": 0.0, "TIE": 0.5}
         said = [
-            str(_field(self._ask(_PREFER, question, *pair), "better")).strip().upper()
+            str(said_field(self._ask(_PREFER, question, *pair), "better")).strip().upper()
             for pair in ((one, other), (other, one))
         ]
         first, second = (wins.get(word) for word in said)
@@ -219,7 +221,7 @@ class Judge:
         return self._endpoint.ask(text)
 
 
-def _field(reply: str, name: str) -> Any:
+def said_field(reply: str, name: str) -> Any:
     """A field of the last JSON object in a reply that has it: models think aloud before."""
     for text in reversed(re.findall(r"\{[^{}]*\}", reply)):
         try:
@@ -288,7 +290,7 @@ def judge_report(
             return judge.prefer(one.prompt, one.text, base[_key(one)].text)
         return (judge.rate(one.prompt, one.text),)
 
-    replies = list(_all(judge.jobs, said, asked, progress))
+    replies = list(each_of(judge.jobs, said, asked, progress))
     metric = WINS if pairs else RATING
     judged = [
         replace(one, values={metric.name: (sum(values) / len(heard),)})
@@ -319,13 +321,10 @@ def _key(one: Completion) -> tuple[str, int]:
     return one.item, one.seed
 
 
-def _all(
-    jobs: int,
-    said: Callable[[Completion], Heard],
-    asked: Sequence[Completion],
-    progress: Progress,
-) -> Iterator[Heard]:
-    """The verdicts on some answers, in order, several requests at a time."""
+def each_of(
+    jobs: int, said: Callable[[T], U], asked: Sequence[T], progress: Progress = silent
+) -> Iterator[U]:
+    """What a judge says of each, in order, several requests at a time."""
     with ThreadPoolExecutor(jobs) as pool:
         try:
             for n, heard in enumerate(pool.map(said, asked)):
