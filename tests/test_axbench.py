@@ -120,7 +120,7 @@ def test_the_mean_of_scores_chooses_the_factor_and_the_first_wins_ties():
 LOW, HIGH = (0.2,) * 3, (2.0,) * 3
 
 
-def toy(backend, of=None):
+def toy(backend, of=None, first_arm=None):
     """Factor 1 is the better on the first half, and factor 2 by far on the other."""
     first = {}
 
@@ -136,7 +136,7 @@ def toy(backend, of=None):
         return LOW if factor == "1.0" else HIGH
 
     judge = Table(of or judged)
-    contenders = [says("plain", 0.0), says("mine", 1.0, 2.0)]
+    contenders = [first_arm or says("plain", 0.0), says("mine", 1.0, 2.0)]
     return axbench.run(backend, contenders, CONCEPTS, judge, prompts=PROMPTS), judge
 
 
@@ -170,6 +170,12 @@ def test_the_choice_never_sees_the_half_that_is_scored(backend, monkeypatch):
     broken, _ = toy(backend)
     assert broken["chosen"]["mine"] == dict.fromkeys(CONCEPTS, 2.0)
     assert value(broken, "mine")["value"] > 1
+
+
+def test_answers_that_chose_are_in_no_figure(backend):
+    found, _ = toy(backend, first_arm=says("other", 1.0, 2.0))
+    for arm in ("other", "mine"):
+        assert (value(found, arm)["value"], value(found, arm)["n"]) == (pytest.approx(0.2), 10)
 
 
 def test_prompts_are_drawn_by_concept_and_seed_alone(backend):
