@@ -1802,8 +1802,9 @@ def main() -> NoReturn:
 
 def _left() -> str:
     """What a verb that did not end leaves behind."""
-    goes_on = {"record", "fit", "extend", "tune", "eval", "compare", "axbench"} & set(sys.argv[1:2])
-    return "the same command goes on where it stopped" if goes_on else "nothing was written"
+    goes_on = {"record", "fit", "extend", "tune", "eval", "compare", "concepts", "axbench"}
+    again = sys.argv[1:2] and sys.argv[1] in goes_on
+    return "the same command goes on where it stopped" if again else "nothing was written"
 
 
 def _given(message: str) -> str:
