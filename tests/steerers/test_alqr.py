@@ -338,6 +338,7 @@ def test_a_few_neighbouring_blocks_will_do_and_a_low_rank_fit_is_near(model):
         ({"lowest": -1}, InputError, "lowest=-1"),
         ({"rank": -1}, InputError, "rank=-1"),
         ({"clip": 0.0}, InputError, r"clip=0\.0"),
+        ({"clip": 0.02, "loop": "open"}, InputError, r"clip=0\.02.*leave out clip"),
         ({"origin": "target"}, UnknownName, "origin 'target'"),
         ({"loop": "half"}, UnknownName, "loop 'half'"),
         ({"dynamics": "linear"}, UnknownName, "dynamics 'linear'"),

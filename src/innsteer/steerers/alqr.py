@@ -132,10 +132,10 @@ class ALQR(Steerer):
             the token's embedding, alike in all contexts; vLLM cannot serve that one.
         loop: ``closed``, or ``open``: the twin without feedback, which adds at each block the mean
             u that the closed loop had on source texts, whatever the row.
-        clip: the longest u as a share of the row's length, > 0; None = no limit.
+        clip: the longest u of a closed loop as a share of the row's length, > 0; None = no limit.
 
     Raises:
-        InputError: a number out of range, sites that are no neighbouring blocks, a side without
+        InputError: a number out of range, an open loop with a clip, sites that are no neighbouring blocks, a side without
             rows, or rows of one block alone.
         UnknownName: no such loop or dynamics.
 
@@ -189,6 +189,12 @@ class ALQR(Steerer):
                 raise InputError(f"{name}={getattr(self, name)}", expected=f"at least {least}")
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise InputError(f"clip={self.clip}", expected="a share above 0, or None")
+        if self.clip is not None and self.loop == "open":
+            raise InputError(
+                f"clip={self.clip} with loop='open'",
+                expected="a limit of a closed loop, whose u answers to the row",
+                remedy="leave out clip: the twin's u is fixed",
+            )
 
     def build(
         self, widths: Mapping[Site, int], k: int = 1, sizes: Mapping[str, int] = {}
