@@ -12,6 +12,7 @@ from innsteer import fitting, linearity
 from innsteer.backends.hf import HF
 from innsteer.backends.local import perturbed
 from innsteer.errors import InputError
+from innsteer.site import Site, Where
 from words import contrast, yes_or_no
 
 CHOICE = contrast(yes_or_no)
@@ -127,6 +128,19 @@ def _nothing(closed, lipschitz, moves, reads):
     from innsteer.control import error_bound
 
     return error_bound(closed, [0.0] * len(lipschitz), moves, reads)
+
+
+def test_a_loop_is_tracked_where_it_steers(model, fitted):
+    chain = fitting.linearised(model, CHOICE)
+    part = fitted.interventions[Site(3)]
+    told = {}
+    for where in (Where(), Where("all")):
+        tracked = linearity.tracking(model, replace(fitted, where=where), CHOICE, chain=chain)
+        x = chain.inputs(fitted.interventions, side="source", where=where).values[Site(3)][1::2]
+        error = (part.levels + part.origins - x @ part.reads[0]).abs().mean()
+        assert tracked.error[-1] == pytest.approx(error.item(), rel=1e-4)
+        told[where] = tracked.error[-1]
+    assert told[Where()] != pytest.approx(told[Where("all")], rel=1e-3)
 
 
 def test_a_chain_that_is_given_is_not_made_again(model, fitted, monkeypatch):

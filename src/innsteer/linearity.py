@@ -234,12 +234,13 @@ def tracking(
     Jacobians, and the steered keys and values of earlier tokens.
 
     Args:
-        steering: of one behaviour. contrast: that it was fitted on. chain: of that fit and seed,
+        steering: of one behaviour; it edits where it says. contrast: that it was fitted on. chain: of that fit and seed,
             whose Jacobians are not made again; default: a new one.
 
     Raises:
         InputError: another method, an open loop, or several behaviours.
         MismatchError: a steering of another model.
+        PositionError: one of scope ``assistant``, which needs the turns of conversations.
     """
     method, maps = steering.steerer, steering.interventions
     if not isinstance(method, ALQR) or method.loop != "closed" or len(steering.behaviours) != 1:
@@ -252,6 +253,7 @@ def tracking(
     chain = chain or linearised(backend, contrast, list(maps), progress=progress)
     parts = [part for _, part in maps.items() if isinstance(part, Feedback)]
     how: dict[str, Any] = {"side": "source", "most": method.texts, "seed": seed}
+    how["where"] = steering.where
     plain, steered = (chain.inputs(one, **how) for one in (None, maps))
     before, after = (
         torch.stack([acts.values[site] for site in maps]).double() for acts in (plain, steered)

@@ -14,7 +14,7 @@ from innsteer.contrast import Contrast
 from innsteer.errors import InputError, LayoutError
 from innsteer.interventions import Shift
 from innsteer.models import LanguageModel
-from innsteer.site import Site
+from innsteer.site import Site, Where
 from innsteer.steerer import Interventions
 from tiny import ARCHITECTURES, tiny_language_model, tiny_tokenizer
 
@@ -168,6 +168,20 @@ def test_rows_are_what_goes_into_the_blocks_and_hold_the_edits_below():
     torch.testing.assert_close(moved.values[Site(0)], acts.values[Site(0)], rtol=0, atol=0)
     gap = moved.values[Site(1)] - acts.values[Site(1)]
     torch.testing.assert_close(gap, torch.full_like(gap, 0.5), rtol=0, atol=1e-5)
+
+
+def test_edits_act_where_they_are_asked_and_each_place_has_rows_of_its_own(tmp_path):
+    """All tokens shift alike under ``all``, as by hand; the kept rows of one scope are not told
+    for those of another."""
+    model, own = tiny_language_model(), contrast()
+    run = Local(HF(model, memo=Memo(tmp_path / "memo")), [own], LAYERS)
+    few, every = (run.inputs(half(Site(0)), where=Where(scope)) for scope in ("generated", "all"))
+    handle = model.layout.blocks[0].module.register_forward_hook(lambda _, args, out: out + 0.5)
+    by_hand = Local(HF(model), [own], LAYERS).inputs()
+    handle.remove()
+    for site in LAYERS[1:]:
+        torch.testing.assert_close(every.values[site], by_hand.values[site], rtol=1e-4, atol=1e-4)
+    assert (few.values[Site(2)] - every.values[Site(2)]).abs().max() > 1e-3
 
 
 def half(site: Site) -> Interventions:

@@ -30,7 +30,7 @@ from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
 from innsteer.layout import Layout
 from innsteer.models import Encoded
-from innsteer.site import Site
+from innsteer.site import Site, Where
 from innsteer.steerer import Interventions
 
 COTANGENTS = 16
@@ -148,14 +148,19 @@ class Local:
         side: str | None = None,
         most: int | None = None,
         seed: int = 0,
+        where: Where = Where(),  # noqa: B008
     ) -> Activations:
         """Rows of all texts' last tokens at the *inputs* of the sites' blocks.
 
         Args:
-            interventions: edits that are active meanwhile, from the last prompt token on; a row
-                holds those of the blocks before its own. coef: their strengths, one per behaviour;
-                default: 1 each. side: only texts of this side. most: so many texts of a
-                behaviour's side, drawn by the seed, both texts of an item or none; default: all.
+            interventions: edits that are active meanwhile; a row holds those of the blocks before
+                its own. coef: their strengths, one per behaviour; default: 1 each. side: only
+                texts of this side. most: so many texts of a behaviour's side, drawn by the seed,
+                both texts of an item or none; default: all. where: the tokens that are edited;
+                default: from the last prompt token on.
+
+        Raises:
+            PositionError: scope ``assistant``, which needs the turns of conversations.
         """
         texts = [
             text
@@ -167,7 +172,7 @@ class Local:
         found: dict[Site, dict[int, Tensor]] = {site: {} for site in self.sites}
         lengths = [len(text.ids) for text in texts]
         for part in self._backend._batches(lengths, self._progress, "rows"):
-            inputs = self._inputs([texts[n] for n in part], interventions, coef)
+            inputs = self._inputs([texts[n] for n in part], interventions, coef, where)
             for site in self.sites:
                 found[site] |= dict(zip(part, inputs[str(site)], strict=True))
         values = {
@@ -304,12 +309,13 @@ class Local:
         texts: Sequence[Read],
         interventions: Interventions | None,
         coef: Sequence[float] | None,
+        where: Where,
     ) -> dict[str, Tensor]:
         """What goes into the sites' blocks at the last tokens of some texts, ``[texts, d]``."""
         blocks = [site.layer for site in self.sites]
         shown = [[text.ids, text.prompt] for text in texts]
         strengths = torch.tensor(coef if coef is not None else [1.0] * len(self.behaviours))
-        asked = digest(interventions), strengths.tolist()
+        asked = digest(interventions), strengths.tolist(), str(where)
         key = self._backend.key("inputs", shown, blocks, *asked)
 
         def make() -> dict[str, Tensor]:
@@ -318,7 +324,7 @@ class Local:
                 stack.enter_context(torch.no_grad())
                 if interventions is not None:
                     lengths = [text.prompt for text in texts]
-                    edits = [Edit(interventions, strengths)]
+                    edits = [Edit(interventions, strengths, where)]
                     stack.enter_context(Attachment(self._model, edits, prompt_lengths=lengths))
                 seen = stack.enter_context(opened(self._model.layout, blocks))
                 self._model.model.base_model(

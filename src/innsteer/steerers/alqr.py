@@ -131,12 +131,13 @@ class ALQR(Steerer):
         lowest: the first block that is steered. The paper steers from block 0 on, whose input is
             the token's embedding, alike in all contexts; vLLM cannot serve that one.
         loop: ``closed``, or ``open``: the twin without feedback, which adds at each block the mean
-            u that the closed loop had on source texts, whatever the row.
+            u that the closed loop had on source texts, whatever the row. A fit knows no scope: it
+            is the mean under ``generated``, and under another scope no exact twin.
         clip: the longest u of a closed loop as a share of the row's length, > 0; None = no limit.
 
     Raises:
-        InputError: a number out of range, an open loop with a clip, sites that are no neighbouring blocks, a side without
-            rows, or rows of one block alone.
+        InputError: a number out of range, an open loop with a clip, sites that are no neighbouring
+            blocks, a side without rows, or rows of one block alone.
         UnknownName: no such loop or dynamics.
 
     Reference:
