@@ -30,7 +30,7 @@ from innsteer.contrast import Contrast
 from innsteer.errors import InputError
 from innsteer.fitting import Contrasts, each, linearised, own_sites, record_parts, through
 from innsteer.models import LanguageModel
-from innsteer.site import Site, Span
+from innsteer.site import Site, Span, Where
 from innsteer.steerer import Answers, Interventions, Runner, Steerer, get
 
 PROBE = 8
@@ -336,6 +336,7 @@ class Chained(local.Local):
         texts: Sequence[local.Read],
         interventions: Interventions | None,
         coef: Sequence[float] | None,
+        where: Where = Where(),  # noqa: B008
     ) -> dict[str, Tensor]:
         self._batch = texts
         self._backend.tally.add("record", _tokens(texts))

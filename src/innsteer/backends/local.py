@@ -290,7 +290,9 @@ class Local:
         end = len(encoded.ids) if paired or not item.prompt else encoded.prompt
         if end < 2:
             raise InputError(
-                f"item {item.id!r} with a text of one token", expected="at least two to read one"
+                f"item {item.id!r} with a text of one token",
+                expected="at least two to read one",
+                remedy=f"lengthen its {'prompt' if item.prompt else side}, or leave the item out",
             )
         record = {
             "behaviour": behaviour,
@@ -309,7 +311,7 @@ class Local:
         texts: Sequence[Read],
         interventions: Interventions | None,
         coef: Sequence[float] | None,
-        where: Where,
+        where: Where = Where(),  # noqa: B008
     ) -> dict[str, Tensor]:
         """What goes into the sites' blocks at the last tokens of some texts, ``[texts, d]``."""
         blocks = [site.layer for site in self.sites]
