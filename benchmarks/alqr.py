@@ -224,11 +224,9 @@ def ahead(found: Sequence[dict[str, Any]], against: str, lead: str = "") -> list
     """Control of every row at each budget, and what the closed loop is ahead by, paired."""
     if against not in {one["contender"] for one in found}:
         return []
-    figures = list(comparison.figures(standings(list(found), against=against)))
-    for one in figures:
-        name = one["figure"].replace("INNSteer ahead by", "the closed loop ahead by")
-        one["figure"] = lead + name
-    return figures
+    tables = standings(list(found), against=against)
+    figures = comparison.figures(tables, ahead="the closed loop ahead by")
+    return [one | {"figure": lead + one["figure"]} for one in figures]
 
 
 def compared(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
@@ -282,7 +280,7 @@ def displaced(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
                 | {"strength": strength}
             )
             print(figures[-1], file=sys.stderr, flush=True)
-        for name in made.keys() - {CLOSED.name}:
+        for name in [arm.name for arm in ARMS[1:] if arm.name in made]:
             ahead = metric(control_metric(test)).difference(made[CLOSED.name], made[name])
             assert ahead is not None
             asked = "> 0" if name == TWIN.name else ""

@@ -179,11 +179,13 @@ def unpack() -> None:
                 write_json(own, record)
 
 
-def figures(tables: Sequence[Standings]) -> Iterator[dict[str, Any]]:
-    """One record for each row: its control, and what INNSteer is ahead by."""
+def figures(
+    tables: Sequence[Standings], ahead: str = "INNSteer ahead by"
+) -> Iterator[dict[str, Any]]:
+    """One record for each row: its control, and what INNSteer, or who ``ahead`` says, leads by."""
     for table in tables:
         for row in table.rows:
-            for what, score in (("control", row.control), ("INNSteer ahead by", row.ahead)):
+            for what, score in (("control", row.control), (ahead, row.ahead)):
                 if score is not None:
                     yield {
                         "figure": f"{row.name} ({row.input or 'no fit'}), {what}, {table.within}",
