@@ -80,6 +80,8 @@ def test_blocks_that_are_linear_have_no_error_at_any_scale(monkeypatch):
         monkeypatch.setattr(block.mlp, "forward", lambda h, matrix=matrix: h @ matrix)
         monkeypatch.setattr(block.mlp_norm, "forward", lambda h: h)
     found = linearity.linearity(model, PROMPTS, scales=(0.01, 1.0))
+    page = linearity.page(found, None, {})
+    assert "identity, 0.01" in page and "mean Jacobian, 0.01" in page
     assert torch.tensor(found.own).max() < 1e-3 and torch.tensor(found.shared).max() < 1e-3
 
 

@@ -234,8 +234,8 @@ def tracking(
     Jacobians, and the steered keys and values of earlier tokens.
 
     Args:
-        steering: of one behaviour; it edits where it says. contrast: that it was fitted on. chain: of that fit and seed,
-            whose Jacobians are not made again; default: a new one.
+        steering: of one behaviour; it edits where it says. contrast: that it was fitted on.
+        chain: of that fit and seed, whose Jacobians are not made again; default: a new one.
 
     Raises:
         InputError: another method, an open loop, or several behaviours.
@@ -372,12 +372,10 @@ def page(found: Linearity, tracked: Tracking | None, context: Mapping[str, Any])
         for n, scale in enumerate(found.scales)
     ]
     middle = found.scales.index(min(found.scales, key=lambda scale: abs(scale - 0.1)))
-    errors.append(
-        _line("identity, 0.1", blocks, [r[middle] for r in found.identity], "var(--muted)", "dot")
-    )
-    errors.append(
-        _line("mean Jacobian, 0.1", blocks, [r[middle] for r in found.shared], "var(--ink)", "dash")
-    )
+    at = f"{found.scales[middle]:g}"
+    plain, shared = ([row[middle] for row in rows] for rows in (found.identity, found.shared))
+    errors.append(_line(f"identity, {at}", blocks, plain, "var(--muted)", "dot"))
+    errors.append(_line(f"mean Jacobian, {at}", blocks, shared, "var(--ink)", "dash"))
     aligned = [
         _line("pairs of prompts", blocks, found.alignment, "var(--arm-4)"),
         _line("chance", blocks, [found.chance] * len(blocks), "var(--muted)", "dash"),

@@ -13,7 +13,7 @@ from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError, LayoutError
 from innsteer.interventions import Shift
-from innsteer.models import LanguageModel
+from innsteer.models import Encoded, LanguageModel
 from innsteer.site import Site, Where
 from innsteer.steerer import Interventions
 from tiny import ARCHITECTURES, tiny_language_model, tiny_tokenizer
@@ -298,8 +298,17 @@ def test_a_block_that_cannot_be_differentiated_is_refused_by_name(monkeypatch):
 
 def test_a_run_through_the_model_sees_the_same_chain():
     engine, own = HF(tiny_language_model()), contrast()
-    run = Through(engine, [own], LAYERS)
+    told: list[str] = []
+    run = Through(engine, [own], LAYERS, progress=lambda stage, *_: told.append(stage))
     alone = Local(engine, [own.train], LAYERS)
     for site in LAYERS:
         assert torch.equal(run.inputs().values[site], alone.inputs().values[site])
     assert torch.equal(run.jacobian(1, prompts=3), alone.jacobian(1, prompts=3))
+    assert {"rows", "jacobians"} <= set(told), "minutes that are not silent"
+
+
+def test_a_text_of_one_token_is_refused_with_its_field(monkeypatch):
+    engine = HF(tiny_language_model())
+    monkeypatch.setattr(LanguageModel, "encode", lambda *_, **how: Encoded((5,), 0, ()))
+    with pytest.raises(InputError, match="one token.*lengthen its prompt, or leave"):
+        Local(engine, [contrast()], LAYERS)

@@ -92,7 +92,7 @@ class Through:
             raise InputError("no site to fit through the model", expected="at least one")
         self._contrasts = contrasts
         self.sites = tuple(sorted(set(sites)))
-        self._backend, self._model = backend, backend.model
+        self._backend, self._model, self._progress = backend, backend.model, progress
         self._cut = cut_of(sites)
         if self._cut < 0:
             raise InputError(
@@ -314,7 +314,8 @@ class Through:
 
     @cached_property
     def _local(self) -> Local:
-        return Local(self._backend, [one.train for one in self._contrasts], self.sites)
+        parts = [one.train for one in self._contrasts]
+        return Local(self._backend, parts, self.sites, progress=self._progress)
 
     # --- rows and gradients ----------------------------------------------------------------------
 
