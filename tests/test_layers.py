@@ -11,10 +11,10 @@ HOUSE = Path(__file__).resolve().parents[1] / "src" / "innsteer"
 # From the ground up; each knows those before it. ``__init__`` is the door, not a room.
 ROOMS = """
     errors control mixes tokens files site groups formats concepts contrast audit activations
-    fingerprint layout smollm2 models flows shelf steerer readouts interventions gating shears
-    training batches hooks steerers calibration steering backends metrics suites fitting planning
-    tuning choosing exchange hub interference figures statistics pages linearity standings report
-    judging distilling evaluation axbench comparing integrations demo doctor completing cli
+    fingerprint layout smollm2 models flows shelf steerer setpoints readouts interventions gating
+    shears training batches hooks steerers calibration steering backends metrics suites fitting
+    planning tuning choosing exchange hub interference figures statistics pages linearity standings
+    report judging distilling evaluation axbench comparing integrations demo doctor completing cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 

@@ -14,9 +14,10 @@ from innsteer.control import Weights, horizon
 from innsteer.errors import InputError, UnknownName
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
+from innsteer.setpoints import feature
 from innsteer.site import Site, Where
 from innsteer.steerer import get
-from innsteer.steerers.alqr import ALQR, LEVELS, Feedback, feature
+from innsteer.steerers.alqr import ALQR, LEVELS, Feedback
 from innsteer.steering import Steering
 from words import contrast, yes_or_no
 
@@ -355,7 +356,7 @@ def test_blocks_that_are_no_neighbours_and_one_alone_are_refused(model):
     with pytest.raises(InputError, match=r"lowest=1 above all of the sites 0\.residual"):
         fitting.fit(model, OPEN, "alqr", sites=[Site(0)])
     acts = Activations.of_sides(torch.zeros(2, 3), torch.ones(2, 3))
-    with pytest.raises(InputError, match="alone"):
+    with pytest.raises(InputError, match="no two of which are of neighbours"):
         ALQR().fit(acts)
 
 

@@ -4,19 +4,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import ClassVar, Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
 
+from innsteer import setpoints
 from innsteer.activations import Activations
 from innsteer.control import Weights, backward
 from innsteer.errors import InputError, UnknownName
+from innsteer.setpoints import Origin, feature
 from innsteer.site import Site
 from innsteer.steerer import AcrossSites, Chain, Interventions, Steerer, side_means
 
 Loop = Literal["closed", "open"]
-Origin = Literal["source", "zero"]
 LEVELS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
 """The authors' values of lambda, the set-point, from refusal (1) to truthfulness (3.5)."""
 
@@ -70,18 +71,6 @@ class Feedback(AcrossSites):
         length = control.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         share = (self.clip * h_out.norm(dim=-1, keepdim=True) / length).clamp_max(1)
         return h_out + share * control, carry
-
-
-class Feature(NamedTuple):
-    """What is tracked at a block's input: e = target - source of the means, v = e / mu, mu = |e|.
-
-    ``direction`` v ``[d]`` and ``size`` mu, both 0 where the sides have one mean; ``origin``, v of
-    the source mean.
-    """
-
-    direction: Tensor
-    size: float
-    origin: float
 
 
 @dataclass(frozen=True)
@@ -173,14 +162,7 @@ class ALQR(Steerer):
 
     def __post_init__(self) -> None:
         Weights(self.q, self.r, self.q_f)
-        if not 0 < self.setpoint < math.inf:
-            raise InputError(
-                f"setpoint={self.setpoint}",
-                expected="a finite number above 0",
-                remedy="a negative strength leads the other way",
-            )
-        if self.origin not in get_args(Origin):
-            raise UnknownName("origin", self.origin, get_args(Origin))
+        setpoints.check(self.setpoint, self.origin)
         if self.dynamics not in ("jacobian", "identity"):
             raise UnknownName("dynamics", self.dynamics, ("jacobian", "identity"))
         if self.loop not in get_args(Loop):
@@ -214,7 +196,7 @@ class ALQR(Steerer):
     def fit_through(self, run: Chain, *, seed: int = 0) -> Interventions:
         """Fitted on Jacobians; the seed draws the texts that they are meaned over."""
         acts = self._kept(run.inputs(most=self.texts, seed=seed))
-        _check_neighbours(acts.sites)
+        _check_chain(acts.sites)
         fitted = self._loops(acts, run if self.dynamics == "jacobian" else None, seed)
         if self.loop == "open":
             self._open(fitted, self._watched(run, fitted, seed))
@@ -293,29 +275,6 @@ class ALQR(Steerer):
             part.levels.copy_(errors[site])
 
 
-def feature(acts: Activations, site: Site, behaviour: str) -> Feature:
-    """The feature of a behaviour's rows at a block's input, float64."""
-    source, target = side_means(acts, site, behaviour, through=Tensor.double)
-    apart = target - source
-    size = apart.norm().item()
-    # Shorter differences have no direction.
-    direction = apart / size if size >= 1e-6 else torch.zeros_like(apart)
-    return Feature(direction, size, (direction @ source).item())
-
-
-def _above(acts: Activations) -> Activations:
-    """Rows at the inputs of blocks: those recorded at the output of the block below."""
-    _check_neighbours(acts.sites)
-    if len(acts.sites) < 2:
-        raise InputError(
-            f"rows of block {acts.site.layer} alone",
-            expected="rows of neighbouring blocks: each one's input is the output below it",
-            remedy="record several layers, or fit on a model (innsteer.fit), which sees the inputs",
-        )
-    below = zip(acts.sites, acts.sites[1:], strict=False)
-    return replace(acts, values={site: acts.values[one] for one, site in below})
-
-
 def _carried(inputs: Activations, fitted: Interventions) -> dict[Site, Tensor]:
     """Mean errors ``[k]`` of closed loops on their source rows, with identities for blocks."""
     found = {site: torch.zeros(len(inputs.behaviours)) for site in fitted}
@@ -332,12 +291,17 @@ def _carried(inputs: Activations, fitted: Interventions) -> dict[Site, Tensor]:
     return found
 
 
-def _check_neighbours(sites: Sequence[Site]) -> None:
-    """Outputs of blocks that follow each other."""
+def _above(acts: Activations) -> Activations:
+    """Rows at the inputs of blocks: those recorded at the output of the block below."""
+    below = setpoints.below(acts)
+    _check_chain(acts.sites)
+    return replace(acts, values={site: acts.values[one] for site, one in below.items()})
+
+
+def _check_chain(sites: Sequence[Site]) -> None:
+    """Blocks that follow each other."""
     layers = [site.layer for site in sites]
-    if layers != list(range(layers[0], layers[0] + len(layers))) or any(
-        site.stream != "residual" for site in sites
-    ):
+    if layers != list(range(layers[0], layers[0] + len(layers))):
         raise InputError(
             f"the sites {', '.join(map(str, sites))}",
             expected="outputs of neighbouring blocks, such as 10 11 12: the regulator goes from "

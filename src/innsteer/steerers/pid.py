@@ -3,20 +3,17 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Literal, get_args
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from innsteer import setpoints
 from innsteer.activations import Activations
-from innsteer.errors import InputError, UnknownName
+from innsteer.errors import InputError
+from innsteer.setpoints import Origin, feature
 from innsteer.site import Site
-from innsteer.steerer import AcrossSites, Interventions, Steerer, side_means
-
-Origin = Literal["source", "zero"]
-
-NOTHING = 1e-6
-"""A difference of means that is shorter has no direction."""
+from innsteer.steerer import AcrossSites, Interventions, Steerer
 
 
 class Controller(AcrossSites):
@@ -138,18 +135,11 @@ class PID(Steerer):
     reset: int = 10
 
     def __post_init__(self) -> None:
-        if self.origin not in get_args(Origin):
-            raise UnknownName("origin", self.origin, get_args(Origin))
+        setpoints.check(self.setpoint, self.origin)
         for name in ("kp", "ki", "kd"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise InputError(f"{name}={value}", expected="a finite gain from 0 on")
-        if not (math.isfinite(self.setpoint) and self.setpoint > 0):
-            raise InputError(
-                f"setpoint={self.setpoint}",
-                expected="a finite number above 0",
-                remedy="a negative strength leads the other way",
-            )
         if self.reset < 0:
             raise InputError(f"reset={self.reset}", expected="a number of blocks, or 0 for never")
 
@@ -171,20 +161,15 @@ class PID(Steerer):
 
     def fit(self, acts: Activations, *, seed: int = 0) -> Interventions:
         """Differences of means in float64, stored in float32; the seed is not used."""
-        below = inputs(acts)
+        below = setpoints.below(acts)
         fitted = self.build({site: acts.widths[site] for site in below}, len(acts.behaviours))
         train = acts.where(split="train")
         for site, part in fitted.items():
             assert isinstance(part, Controller)
             for row, behaviour in enumerate(acts.behaviours):
-                source, target = side_means(train, below[site], behaviour)
-                gap = target - source
-                length = gap.norm()
-                part.levels[row] = self.setpoint * length
-                if length >= NOTHING:
-                    part.directions[row] = gap / length
-                    if self.origin == "source":
-                        part.origins[row] = source @ gap / length
+                part.directions[row], size, origin = feature(train, below[site], behaviour)
+                part.levels[row] = self.setpoint * size
+                part.origins[row] = origin if self.origin == "source" else 0.0
         for row, behaviour in enumerate(acts.behaviours):
             if not any(part.directions[row].any() for part in _controllers(fitted)):
                 raise InputError(
@@ -199,29 +184,6 @@ class PID(Steerer):
         """The shortest and the longest difference of means that a block is held by."""
         levels = torch.cat([part.levels for part in _controllers(fitted)]) / self.setpoint
         return {"gap_least": float(levels.min()), "gap_most": float(levels.max())}
-
-
-def inputs(acts: Activations) -> dict[Site, Site]:
-    """Block outputs whose block's input was recorded too -> the site of that input.
-
-    Raises:
-        InputError: sites inside blocks, or no two outputs of neighbouring blocks.
-    """
-    if odd := [site for site in acts.sites if site.stream != "residual"]:
-        raise InputError(
-            f"rows at {odd[0]} for a method that reads blocks' inputs",
-            expected="outputs of blocks",
-            remedy=f"name the layer alone: {odd[0].layer}",
-        )
-    found = {site: Site(site.layer - 1) for site in acts.sites if site.layer}
-    found = {site: below for site, below in found.items() if below in acts.sites}
-    if not found:
-        raise InputError(
-            f"rows at {', '.join(map(str, acts.sites))}, no two of which are of neighbours",
-            expected="a block's output and that of the block below, which is its input",
-            remedy="name them together: --layers 14,15,16 --together; or none: all are recorded",
-        )
-    return found
 
 
 def _controllers(maps: Interventions) -> list[Controller]:
