@@ -9,7 +9,7 @@ import torch.utils.checkpoint
 from transformers import DynamicCache
 
 import tiny
-from edits import Recall, asked, edit, hooks_of, padded, positions, recall, seen
+from edits import Recall, asked, edit, hooks_of, padded, positions, recall, seen, tracks
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.engine import edits_of
 from innsteer.backends.hf import HF
@@ -348,6 +348,33 @@ def test_a_memory_is_made_once_per_set_of_parameters(llama):
     last = spy.heard[-1].memory["mean"]  # beams follow their prompts
     assert torch.equal(last[0], last[1]) and torch.equal(last[0], last[4])
     assert not torch.equal(last[1], last[2])
+
+
+@pytest.mark.parametrize("told_first", [True, False])
+def test_a_text_is_read_by_the_plain_model_whatever_is_attached(llama, told_first):
+    both = [edit(llama, 1.0, "all", Site(0)), asked(llama, CONCEPTS)]
+    both += [Edit(tracks(llama), torch.ones(1), Where("all"))]
+    ids, mask = padded(ROWS)
+    want, real = logits(llama, both[::-1] if told_first else both)
+    first, middle, last = (Attachment(llama, [one]) for one in (both[::-1] if told_first else both))
+    with first, middle, last:
+        traces = [one.trace.selected for one in (first, middle, last)]
+        found = llama.model(ids, attention_mask=mask, position_ids=positions(mask)).logits
+    assert traces == [0, 0, 0]
+    torch.testing.assert_close(found[real], want[real], **SAME)
+
+
+def test_a_text_that_was_refused_leaves_the_model_steered(llama):
+    want, real = logits(llama, [edit(llama, 1.0, "all")])
+    ids, mask = padded(ROWS)
+    with Attachment(llama, [edit(llama, 1.0, "all")]):
+        with (
+            pytest.raises(InputError, match="1 to 64"),
+            Attachment(llama, [asked(llama, "x" * 99)]),
+        ):
+            pass
+        found = llama.model(ids, attention_mask=mask, position_ids=positions(mask)).logits
+    assert torch.equal(found[real], want[real])
 
 
 def test_rows_that_are_laid_out_come_back(llama):

@@ -35,6 +35,9 @@ from innsteer.tokens import LIVE, Encode, TokenContext
 # under. An attribute, because a copy of the cache (the way to reuse a prefix) must still tell.
 _MARK = "innsteer_steered"
 
+# ``plain``: this thread's passes go by every attachment, whichever is on the model.
+_PASS = threading.local()
+
 
 @dataclass
 class Trace:
@@ -121,18 +124,20 @@ class Attachment:
             for edit in self._edits:
                 for site, part in edit.interventions.items():
                     part.to(self._device(site))
-            # Before any hook: what a request says is encoded by the plain model.
-            self._requests.prepare(self._encode)
+            with _plain():  # whatever is attached already does not change what a text means
+                self._requests.prepare(self._encode)
             signature = inspect.signature(base.forward)
 
             def plan(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                if _is_plain():
+                    return
                 self._take()
                 self._passes.count = getattr(self._passes, "count", 0) + 1
                 self._plan_pass(signature.bind_partial(*args, **kwargs).arguments)
 
             def mark(_: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if not getattr(self._passes, "count", 0):
-                    return  # another thread's pass, which was refused
+                if _is_plain() or not getattr(self._passes, "count", 0):
+                    return  # or another thread's pass, which was refused
                 self._passes.count -= 1
                 self._busy.release()
                 if output is None:
@@ -261,6 +266,8 @@ class Attachment:
         ]
 
         def steer(h: Tensor) -> Tensor:
+            if _is_plain():
+                return h
             self._contexts.see(site, h)
             for number, intervention in mine:
                 if len(self._plan[number][0]) or self._requests.keeps(number):
@@ -286,6 +293,8 @@ class Attachment:
                 mine.append((number, parts[site], below))
 
         def read(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+            if _is_plain():
+                return
             h = args[0] if args else kwargs["hidden_states"]
             for number, part, below in mine:
                 index, coef = self._plan[number]
@@ -387,6 +396,20 @@ class Attachment:
                 model.generate = own
 
         return undo
+
+
+@contextmanager
+def _plain() -> Iterator[None]:
+    """Passes inside are those of the plain model, and count in no trace."""
+    _PASS.plain = True
+    try:
+        yield
+    finally:
+        _PASS.plain = False
+
+
+def _is_plain() -> bool:
+    return getattr(_PASS, "plain", False)
 
 
 class _Contexts:

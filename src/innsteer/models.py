@@ -145,8 +145,8 @@ class LanguageModel:
     def states(self, text: str, blocks: int) -> Tensor:
         """Hidden states ``[tokens, d]`` of a text after the first blocks and the last norm.
 
-        In float32: a small encoder that every model brings along. Edits that are attached meanwhile
-        act on it.
+        In float32: a small encoder that every model brings along. Hooks on the model act on it, an
+        attached steering's too; one that is told a text takes the plain model's.
 
         Args:
             text: at most ``STATES`` tokens, without a template.
