@@ -530,7 +530,12 @@ def test_an_interrupted_training_goes_on_to_the_same_numbers(run, tmp_path, end,
 def test_a_checkpoint_of_another_training_is_refused(run, tmp_path):
     path = tmp_path / "training.safetensors"
     trained(run, checkpoint=path, steps=4)
-    for other in ({"steps": 5}, {"steps": 4, "seed": 1}, {"steps": 4, "accumulate": 2}):
+    for other in (
+        {"steps": 5},
+        {"steps": 4, "seed": 1},
+        {"steps": 4, "accumulate": 2},
+        {"steps": 4, "about": "x"},
+    ):
         with pytest.raises(InputError, match="another training"):
             trained(run, checkpoint=path, **other)
     path.write_bytes(b"torn")

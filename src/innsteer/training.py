@@ -131,6 +131,7 @@ def train_through(
     warmup: int = 0,
     checkpoint: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    about: object = None,
 ) -> Course:
     """AdamW on a map's parameters through the frozen model, both signs, in place.
 
@@ -149,6 +150,7 @@ def train_through(
         warmup: steps over which the rate rises to its full height.
         checkpoint: a file that holds the whole state of the training after every validation, and
             from which the same training goes on, to the same numbers.
+        about: what else makes it this training, as JSON: settings of the loss and of the map.
 
     Raises:
         InputError: nothing to train, a loss that is not finite, or another training's checkpoint.
@@ -161,7 +163,7 @@ def train_through(
     kept = _Checkpoint(
         checkpoint,
         [steps, batch, learning_rate, weight_decay, unmoved, unmoved_batch, every, clip, seed]
-        + [accumulate, warmup, items, held, getattr(run, "digest", "")],
+        + [accumulate, warmup, items, held, getattr(run, "digest", ""), about],
         maps,
     )
 

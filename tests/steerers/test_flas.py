@@ -530,6 +530,20 @@ def test_an_interrupted_training_goes_on_to_the_same_field(learnt, llama, tmp_pa
         fit_concepts(llama, table, site=Site(1), checkpoint=path, **QUICK)
 
 
+@pytest.mark.parametrize(
+    "other",
+    [{"diversity": 0.2}, {"least": 0.6}, {"most": 1.9}, {"steps": 2}, {"encoder": 1}],
+    ids=lambda other: next(iter(other)),
+)
+def test_a_training_does_not_go_on_under_other_settings(llama, tmp_path, other):
+    brief = QUICK | {"updates": 1, "warmup": 0}
+    _, run = taught(llama, checkpoint=tmp_path / "training.safetensors")
+    FLAS(**brief).fit_told(run)
+    FLAS(**brief | {"patience": 3}).fit_told(run)  # when to stop may be thought over
+    with pytest.raises(InputError, match="another training"):
+        FLAS(**brief | other).fit_told(run)
+
+
 def test_training_draws_strengths_between_its_ends_and_validates_at_one(llama):
     table, run = taught(llama)
     asked = {True: set(), False: set()}

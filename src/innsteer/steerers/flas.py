@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import ClassVar, NamedTuple, cast
 
@@ -516,6 +516,7 @@ class FLAS(Steerer):
             warmup=self.warmup,
             checkpoint=run.checkpoint,
             progress=run.progress,
+            about={name: value for name, value in asdict(self).items() if name != "patience"},
             seed=seed,
         )
         return Interventions({site: settled(field)})
