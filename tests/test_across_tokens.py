@@ -249,8 +249,16 @@ def test_a_lost_cache_is_rebuilt_by_running_the_request_again(model):
         (lambda m, e: asked(m, CONCEPTS), "went by without"),  # equal maps, but others
         (lambda m, e: Edit(e.interventions, e.coef, e.where, _told("rude")), "other parameters"),
         (lambda m, e: Edit(e.interventions, 2 * e.coef, e.where, e.told), "other parameters"),
+        (lambda m, e: Edit(e.interventions, e.coef, Where.parse("range:1:"), e.told), "or scope"),
     ],
-    ids=["plain", "another steering", "other maps", "another concept", "another strength"],
+    ids=[
+        "plain",
+        "another steering",
+        "other maps",
+        "another concept",
+        "another strength",
+        "another scope",
+    ],
 )
 def test_a_prefix_that_another_request_left_is_not_read(llama, other, reason):
     steering = asked(llama, CONCEPTS)

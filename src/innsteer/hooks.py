@@ -625,7 +625,7 @@ class _Requests:
                 assert layer.values is not None
                 if not torch.equal(layer.values[:, 0, -1].cpu(), self._told[number]):
                     raise RefusedError(
-                        "a cache of tokens that were steered by other parameters or strengths",
+                        "a cache of tokens steered by other parameters, strengths or scope",
                         expected="the same ones for the whole request",
                         remedy="start anew: run the whole request under the new ones",
                     )
@@ -637,9 +637,12 @@ def _across_tokens(edit: Edit) -> list[tuple[Site, AcrossTokens]]:
 
 
 def _digests(edit: Edit, batch: int) -> Tensor:
-    """Two numbers ``[batch, 2]`` that stand for each sequence's strengths and parameters."""
+    """Two numbers ``[batch, 2]`` that stand for each sequence's strengths, parameters and scope."""
     rows = zip(edit.rows(batch).tolist(), edit.parameters(batch), strict=True)
-    told = [hashlib.sha256(canonical([row, dict(given)])).digest() for row, given in rows]
+    told = [
+        hashlib.sha256(canonical([row, dict(given), str(edit.where)])).digest()
+        for row, given in rows
+    ]
     # Three bytes each: float32, of which a cache's layer is, holds them exactly.
     return torch.tensor(
         [[float(int.from_bytes(d[:3])), float(int.from_bytes(d[3:6]))] for d in told]
