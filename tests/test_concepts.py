@@ -64,7 +64,7 @@ def test_axbenchs_columns_are_known_and_rows_without_the_concept_left_out(tmp_pa
         (tmp_path / place).parent.mkdir(exist_ok=True)
         changed = [row | {"input": place} for row in kept]
         (tmp_path / f"{place}.jsonl").write_text("\n".join(map(json.dumps, changed)))
-    table = Concepts.load(tmp_path, unseen=0.0, held=0.0)
+    table = Concepts.load(tmp_path, unseen=0.0, held=0.99)
     assert [(row.concept, row.response, row.split) for row in table.rows] == [
         ("ships", "b", "train"),
         ("ships", "b", "validation"),
@@ -73,7 +73,8 @@ def test_axbenchs_columns_are_known_and_rows_without_the_concept_left_out(tmp_pa
 
 def test_axbenchs_own_folder_is_read(shared):
     folder = shared / "data" / "axbench" / "concept10" / "prod_2b_l10_v1"
-    table = Concepts.load(folder, unseen=0.2, held=0.0)
+    table = Concepts.load(folder, unseen=0.2)
+    assert table == Concepts.load(folder, unseen=0.2, held=0.0)
     assert len(table.named()) == 10 and len(table.named("test")) == 2
     for part in ("train", "validation"):
         assert len(table.named(part)) == 8 and len(table.part(part)) >= 8 * 36

@@ -56,8 +56,8 @@ class Concepts:
         """A table from a file (.jsonl, .json, .csv, .tsv, .parquet, each also .gz) or a folder.
 
         A folder is AxBench's: ``generate/train_data``, whose responses to ``inference`` prompts
-        (``latent_eval_data``), where they are there, are the validation part. Its responses that
-        show no concept are left out.
+        (``latent_eval_data``), where they are there, are the validation part: ``held`` then deals
+        none of the others into it. Its responses that show no concept are left out.
 
         Args:
             unseen, held: see ``of``.
@@ -78,7 +78,8 @@ class Concepts:
                 expected="a folder of AxBench's layout, or a file with the columns concept, "
                 "prompt and response",
             )
-        every = cls.of([*parts["train"], *parts["validation"]], unseen=unseen, held=held)
+        share = 0.0 if parts["validation"] else held
+        every = cls.of([*parts["train"], *parts["validation"]], unseen=unseen, held=share)
         aside = {_response(row) for row in parts["validation"] if not _without(row)}
         rows = [
             replace(row, split="validation")
