@@ -180,6 +180,29 @@ def test_generation_with_a_cache_is_generation_without(model, how):
     assert torch.equal(*answers)
 
 
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+def test_two_attachments_are_one_with_both_edits(llama, how):
+    one, other = asked(llama, CONCEPTS, 3.0), asked(llama, CONCEPTS[::-1], -2.0)
+    how = how | {"output_logits": True, "return_dict_in_generate": True, "use_cache": True}
+    want = generated(llama, [one, other], **how)
+    with Attachment(llama, [one]):
+        found = generated(llama, [other], **how)
+    assert torch.equal(found.sequences, want.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(want.logits), **SAME)
+
+
+def test_the_same_maps_attached_twice_are_refused_and_go_in_one_attachment(llama):
+    one = asked(llama, CONCEPTS, 3.0)
+    other = Edit(one.interventions, one.coef, one.where, _told("brave"))
+    plain = generated(llama, [one, other], use_cache=False)
+    assert torch.equal(generated(llama, [one, other]), plain)
+    with (
+        Attachment(llama, [one]),
+        pytest.raises(RefusedError, match="give both edits to one Attachment"),
+    ):
+        generated(llama, [other])
+
+
 def test_beams_take_their_columns_along(llama, monkeypatch):
     def beams(**how):
         found = generated(

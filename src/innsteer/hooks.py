@@ -547,7 +547,14 @@ class _Requests:
         if cache is not None and not start:  # fresh, reset, or cut down to nothing
             cache.layers = [layer for layer in cache.layers if not isinstance(layer, _Kept)]
         layers: Sequence[Any] = [] if cache is None else cache.layers
-        self._layers = {layer.name: layer for layer in layers if isinstance(layer, _Kept)}
+        mine = [layer for layer in layers if isinstance(layer, _Kept) and self._owns(layer)]
+        self._layers = {layer.name: layer for layer in mine}
+        if len(self._layers) < len(mine):
+            raise RefusedError(
+                "the same maps across tokens in two steerings that are attached one in the other",
+                expected="one attachment: in a cache nothing tells their columns apart",
+                remedy="give both edits to one Attachment",
+            )
         self._told = {n: _digests(edit, batch) for n, edit in self._edits.items()}
         if start:
             self._check(start)
@@ -556,6 +563,11 @@ class _Requests:
         self._positions, self._start = positions, start
         known = prompts is not None
         self._ends = [_entry(prompts, row, batch) - 1 for row in range(batch)] if known else None
+
+    def _owns(self, layer: _Kept) -> bool:
+        """Whether columns are of these edits: other attachments number theirs from 0 too."""
+        edit = self._edits.get(layer.name[0])
+        return edit is not None and layer.maps() is edit.interventions
 
     def of(self, number: int, site: Site, index: Tensor, device: torch.device) -> TokenContext:
         """What the planned rows ``index`` of an edit are told at a site."""
@@ -614,8 +626,7 @@ class _Requests:
         for number, edit in self._edits.items():
             for site, _ in _across_tokens(edit):
                 layer = self._layers.get((number, site, LIVE))
-                own = layer is not None and layer.maps() is edit.interventions
-                if layer is None or not own or layer.get_seq_length() != start:
+                if layer is None or layer.get_seq_length() != start:
                     raise RefusedError(
                         f"a cache of {start} tokens that went by without this steering",
                         expected="a request whose every token it has seen",
