@@ -350,6 +350,15 @@ def _key(site: Site) -> str:
     return f"{site.stream}_{site.layer}"
 
 
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": nn.functional.silu,
+    "gelu": nn.functional.gelu,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
+}
+"""What a block's MLP may apply, by the names of ``BlockCopy``. Saved maps keep the place in this
+order: a new one goes last."""
+
+
 @dataclasses.dataclass(frozen=True)
 class BlockCopy:
     """The weights of one decoder block of the base model, to start a map from; nobody else's.
@@ -361,7 +370,7 @@ class BlockCopy:
             ``mlp_after`` (of what a part adds).
         rope: inverse frequencies ``[rotated / 2]``, radians per position.
         heads, kv_heads, head: query heads, key heads, and the width of one.
-        activation: of the MLP, ``silu``, ``gelu`` or ``gelu_tanh``.
+        activation: of the MLP, a name among ``ACTIVATIONS``.
         eps: of the norms. scale: of attention logits. cap: their soft limit, 0 = none.
         rope_scale: a factor on the rotation's cosines and sines.
     """

@@ -19,7 +19,7 @@ from innsteer.files import canonical, write_tensors
 from innsteer.interventions import trainable
 from innsteer.readouts import aims
 from innsteer.site import Site
-from innsteer.steerer import ConceptRun, Intervention, Interventions, Runner, tensor_bytes
+from innsteer.steerer import ConceptRun, Intervention, Interventions, Runner, Steerer, tensor_bytes
 
 Loss = Callable[[Any, Interventions, Sequence[int]], Tensor]
 """Mean loss of some items of a run, differentiable."""
@@ -90,6 +90,25 @@ SETTINGS = (
     "unmoved_batch",
     "patience",
 )
+
+
+MOST = 1_000_000
+"""Steps, items and the like of a training, at most."""
+
+
+def check(method: Steerer, counts: Sequence[str], amounts: Sequence[str]) -> None:
+    """Refuse fields of a training that are out of range: counts from 1, amounts and patience 0.
+
+    Raises:
+        InputError: it names the field and its range; counts and patience go up to ``MOST``.
+    """
+    for name in (*counts, "patience"):
+        least = int(name != "patience")
+        if not least <= getattr(method, name) <= MOST:
+            raise InputError(f"{name}={getattr(method, name)}", expected=f"{least} to {MOST:,}")
+    for name in amounts:
+        if not 0 <= getattr(method, name) < math.inf:
+            raise InputError(f"{name}={getattr(method, name)}", expected="finite, >= 0")
 
 
 def settings(method: object) -> dict[str, Any]:

@@ -425,6 +425,7 @@ def test_no_figure_is_drawn_from_rows_alone(llama):
     ("fields", "match"),
     [
         ({"steps": 0}, "steps=0"),
+        ({"updates": 1_000_001}, "updates=1000001; expected 1 to 1,000,000"),
         ({"least": 2.0, "most": 1.0}, "least"),
         ({"least": 0.0}, "least"),
         ({"diversity": -1.0}, "diversity"),

@@ -4,7 +4,6 @@ By structure: query, key, value and output projections, a gated MLP, norms that 
 Mistral, Qwen 2 and 3, Gemma 2 and 3 and Granite are built so; what is not is refused.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,18 +11,13 @@ from torch import Tensor, nn
 
 from innsteer.errors import InputError, LayoutError
 from innsteer.models import LanguageModel
-from innsteer.steerer import BlockCopy
+from innsteer.steerer import ACTIVATIONS, BlockCopy
 
 ATTENTION = {"q": "q_proj", "k": "k_proj", "v": "v_proj", "o": "o_proj"}
 MLP = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 AFTER = {
     "attention_after": "post_attention_layernorm",
     "mlp_after": "post_feedforward_layernorm",
-}
-ACTS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
 }
 
 
@@ -109,10 +103,10 @@ def _activation(model: LanguageModel, layer: int, mlp: nn.Module) -> str:
     """The MLP's activation, by what it does."""
     act = getattr(mlp, "act_fn", None)
     x = torch.linspace(-4, 4, 33)
-    for name, known in ACTS.items():
+    for name, known in ACTIVATIONS.items():
         if act is not None and torch.allclose(act(x), known(x), atol=1e-6):
             return name
-    raise _other(model, layer, "an activation among " + ", ".join(ACTS))
+    raise _other(model, layer, "an activation among " + ", ".join(ACTIVATIONS))
 
 
 def _rope(

@@ -8,8 +8,8 @@ from innsteer.activations import Activations
 from innsteer.interventions import Shift
 from innsteer.site import Site
 from innsteer.steerer import Interventions, Runner, Steerer
-from innsteer.steerers.ssv import check, learners, on_rows, settled
-from innsteer.training import preference, settings, train_through
+from innsteer.steerers.ssv import learners, on_rows, settled
+from innsteer.training import check, preference, settings, train_through
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """FLAS: one velocity field for all concepts; the concept comes in words, with the request."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from hashlib import sha256
 from typing import ClassVar, NamedTuple, cast
@@ -12,20 +12,21 @@ from torch import Tensor, nn
 from innsteer.activations import Activations
 from innsteer.errors import InputError
 from innsteer.site import Site
-from innsteer.steerer import AcrossTokens, BlockCopy, ConceptRun, Interventions, Steerer
-from innsteer.steerers.ssv import check
+from innsteer.steerer import (
+    ACTIVATIONS,
+    AcrossTokens,
+    BlockCopy,
+    ConceptRun,
+    Interventions,
+    Steerer,
+)
 from innsteer.tokens import Encode, Parameters, TokenContext
-from innsteer.training import Loss, train_through
+from innsteer.training import Loss, check, train_through
 
 WAVES = 128
 """Sines and cosines of a time."""
 GATE = 0.1
 """What every branch's gate starts at."""
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": nn.functional.silu,
-    "gelu": nn.functional.gelu,
-    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"),
-}
 
 
 class Shape(NamedTuple):

@@ -12,8 +12,8 @@ from innsteer.batches import rows_by_weight
 from innsteer.interventions import Shift
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions, Runner, Steerer
-from innsteer.steerers.ssv import check, on_rows
-from innsteer.training import settings, target, train_through
+from innsteer.steerers.ssv import on_rows
+from innsteer.training import check, settings, target, train_through
 
 
 class Detector(Intervention):

@@ -1,7 +1,6 @@
 """SSV: one vector, trained through the model until it says the target answers."""
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -10,11 +9,10 @@ from torch import Tensor, nn
 
 from innsteer.activations import Activations
 from innsteer.batches import rows_by_weight
-from innsteer.errors import InputError
 from innsteer.interventions import Shift
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions, Runner, Steerer
-from innsteer.training import lessons, settings, target, teach, train_through
+from innsteer.training import check, lessons, settings, target, teach, train_through
 
 
 class Learner(Intervention):
@@ -107,17 +105,6 @@ class SSV(Steerer):
         maps = learners(run.rows())
         train_through(run, maps, loss=target, seed=seed, **settings(self))
         return settled(maps)
-
-
-def check(method: Steerer, counts: Sequence[str], amounts: Sequence[str]) -> None:
-    """Refuse fields of a training that are out of range: counts from 1, amounts and patience 0."""
-    for name in (*counts, "patience"):
-        least = int(name != "patience")
-        if not least <= getattr(method, name) <= 1_000_000:
-            raise InputError(f"{name}={getattr(method, name)}", expected=f">= {least}")
-    for name in amounts:
-        if not 0 <= getattr(method, name) < math.inf:
-            raise InputError(f"{name}={getattr(method, name)}", expected=">= 0")
 
 
 def learners(acts: Activations) -> Interventions:
