@@ -344,7 +344,7 @@ def save(stage: str, figures: Sequence[Figure], seconds: float) -> None:
     parts = known["stages"] | {stage: {"seconds": round(seconds), "figures": list(figures)}}
     every = [one for name in STAGES if name in parts for one in parts[name]["figures"]]
     record = {
-        "command": f"python benchmarks/alqr.py DATA {stage}",
+        "command": "python benchmarks/alqr.py DATA STAGE ...",
         "versions": {"innsteer": __version__, "torch": torch.__version__},
         "machine": f"{platform.machine()}, {os.cpu_count()} cores shared, one thread used",
         "open": [name for name in STAGES if name not in parts],
