@@ -155,6 +155,18 @@ def test_a_refusal_leaves_nothing_and_an_interruption_what_was_done(tmp_path, er
     assert folder.exists() is left
 
 
+def test_a_refusal_keeps_what_an_earlier_run_had_done(tmp_path):
+    folder = tmp_path / "kept"
+    with pytest.raises(KeyboardInterrupt), Memo(folder) as memo:
+        memo.value(["a"], lambda: 1)
+        raise KeyboardInterrupt
+    with pytest.raises(BudgetError), Memo(folder):
+        raise BudgetError("no")
+    with Memo(folder) as memo:
+        assert memo.value(["a"], lambda: 2) == 1
+    assert not folder.exists()
+
+
 def test_a_run_that_computes_nothing_writes_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt), Memo(tmp_path / "a" / "kept"):
         raise KeyboardInterrupt

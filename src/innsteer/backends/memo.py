@@ -33,9 +33,10 @@ class Memo:
     The run is started again from its beginning: a call that had ended gives back what it gave, to
     the bit; the first that had not is made. Without a folder every call is made.
 
-    The folder vanishes when the run ends, by success or by a refusal. An interruption, a full disk
-    or a kill leaves it, and the next run finds it. That one gets as many threads as the first had,
-    because another number would change the last bits.
+    The folder vanishes when the run ends. An interruption, a full disk or a kill leaves it, and the
+    next run finds it. That one gets as many threads as the first had, because another number would
+    change the last bits. A refusal takes away what its own run began, and leaves what it found: a
+    slip in the command that should go on does not cost what was computed before it.
 
     Attributes:
         folder: of the results. made, replayed: how many calls were.
@@ -48,9 +49,11 @@ class Memo:
         self.folder = Path(folder) if folder is not None else None
         self.made = self.replayed = 0
         self._threads = torch.get_num_threads()
+        self._found = False
 
     def __enter__(self) -> Self:
         if self.folder is not None:
+            self._found = self.folder.exists()
             with suppress(OSError, ValueError):  # nothing was interrupted
                 text = (self.folder / THREADS).read_text(encoding="utf-8")
                 torch.set_num_threads(max(int(text), 1))
@@ -58,7 +61,8 @@ class Memo:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         torch.set_num_threads(self._threads)
-        if self.folder is not None and (kind is None or issubclass(kind, InnsteerError)):
+        refused = kind is not None and issubclass(kind, InnsteerError)
+        if self.folder is not None and (kind is None or (refused and not self._found)):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def value(self, key: object, make: Callable[[], Any]) -> Any:
