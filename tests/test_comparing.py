@@ -3,7 +3,9 @@
 import json
 import math
 import time
+from collections import Counter
 from dataclasses import replace
+from threading import Event
 
 import numpy as np
 import pytest
@@ -312,6 +314,26 @@ def test_cells_shared_by_processes_are_those_of_one(model, tmp_path):
         assert theirs["tested"].keys() == {"neutral", "both"}
         if mine["contender"] == "unsteered":
             assert mine["tested"]["both"]["items"] == theirs["tested"]["both"]["items"]
+
+
+def test_a_meter_serves_all_layers_and_a_neutral_one_all_tasks(model, tmp_path, monkeypatch):
+    made, real = [], comparing._Task._make
+
+    def make(task, name):
+        made.append((task.contrast.behaviour, name))
+        return real(task, name)
+
+    monkeypatch.setattr(comparing._Task, "_make", make)
+    few = Protocol.of(model, layers=(0, 1), evaluations=4, items=4, search_tokens=20, answers=2)
+    rows, tasks = [Contender.of("diffmean")], (CHOICE, OTHER)
+    whole = comparison(model, tmp_path, *rows, tasks=tasks, protocol=few)
+    monkeypatch.setattr(comparing, "_mine", [(whole, Event(), {})])
+    for share in whole._shares([0, 1], 2):
+        comparing._share(share)
+    assert not whole.left() and len(set(made)) == len(made)
+    counts = Counter(name for _, name in made)
+    assert counts["search validation"] == counts["check validation"] == counts["check test"] == 1
+    assert counts["control validation"] == counts["in_format validation"] == 2
 
 
 def test_what_fails_in_a_process_is_told_and_the_others_stop(model, tmp_path):

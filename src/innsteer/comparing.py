@@ -491,9 +491,14 @@ class Comparison:
         parts = -(-jobs // len(groups))
         return [share for own in groups.values() for n in range(parts) if (share := own[n::parts])]
 
-    def _measure(self, cells: Sequence[Cell], progress: Progress = silent) -> None:
-        """Measure cells in their order."""
-        task, neutral = None, dict[Any, Meter]()
+    def _measure(
+        self,
+        cells: Sequence[Cell],
+        progress: Progress = silent,
+        neutral: dict[Any, Meter] | None = None,
+    ) -> None:
+        """Measure cells in their order; ``neutral`` keeps meters that all tasks share."""
+        task, neutral = None, {} if neutral is None else neutral
         for number, cell in enumerate(cells):
             progress(cell.title, number, len(cells))
             if task is None or task.contrast is not cell.task:
@@ -521,24 +526,25 @@ class Comparison:
             write_json(self.path(cell), _tidy(record))
 
 
-_mine: list[tuple[Comparison, Any]] = []
-"""Of a process that shares a comparison's cells with others, and what tells it to stop."""
+_mine: list[tuple[Comparison, Any, dict[Any, Meter]]] = []
+"""Of a process that shares a comparison's cells with others, what tells it to stop, and meters that
+its tasks share."""
 
 
 def _begin(comparison: Comparison, threads: int, stop: Any) -> None:
     torch.set_num_threads(threads)
-    _mine.append((comparison, stop))
+    _mine.append((comparison, stop, {}))
 
 
 def _share(numbers: Sequence[int]) -> None:
-    comparison, stop = _mine[0]
+    comparison, stop, neutral = _mine[0]
     cells = comparison.cells()
 
     def heed(*_: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
 
-    comparison._measure([cells[number] for number in numbers], heed)
+    comparison._measure([cells[number] for number in numbers], heed, neutral)
 
 
 def _tidy(value: Any) -> Any:
@@ -615,16 +621,18 @@ class _Task:
             self._chains[sites] = chain, time.perf_counter() - started
         return self._chains[sites]
 
-    def _meter(self, name: str, sites: tuple[Site, ...]) -> Meter:
-        """A meter by its name; cut at the lowest of some sites."""
-        meters, key = self._meters, (name, self.suite.neutral_tokens, sites)
+    def _meter(self, name: str) -> Meter:
+        """A meter by its name, for edits anywhere; most is kept for those at candidate layers."""
+        meters, key = self._meters, (name, self.suite.neutral_tokens)
         if name.startswith(("check", "search")):
             meters = self._neutral
         if key not in meters:
-            meters[key] = self._make(name, sites)
+            meters[key] = self._make(name)
         return meters[key]
 
-    def _make(self, name: str, sites: Sequence[Site]) -> Meter:
+    def _make(self, name: str) -> Meter:
+        # A rule among all layers begins with block 0, of which little must be kept.
+        sites = tuple(sorted({Site(0), *self.sites}))
         what, _, part = name.partition(" ")
         if what == "control":
             items = self._held if part == "validation" else self.contrast.part("test")
@@ -681,13 +689,11 @@ class _Task:
             "tested": {},
             "unmet": {},
         }
-        # The large meters serve all candidates, cut at the lowest.
-        whole = min(self.sites, sites or self.sites)
         tested: dict[float, dict[str, Any]] = {}
         for half in self._halves:
-            checks = {"neutral_cost": self._meter("check validation", whole)}
+            checks = {"neutral_cost": self._meter("check validation")}
             if half == "both":
-                checks["in_format_cost"] = self._meter("in_format validation", sites)
+                checks["in_format_cost"] = self._meter("in_format validation")
             try:
                 if (best := search.best(half)) is None:
                     raise BudgetError(f"no strength tried is within {self.protocol.budget} nats")
@@ -703,7 +709,7 @@ class _Task:
                 found["unmet"][half] = str(error)
                 continue
             if strength not in tested:
-                tested[strength] = self._tested(fit.arm(strength), whole)
+                tested[strength] = self._tested(fit.arm(strength))
             found["tested"][half] = tested[strength] | {"strength": strength}
         found["search_seconds"] = time.perf_counter() - started
         return found
@@ -781,16 +787,14 @@ class _Task:
     def _evaluate(
         self, sites: tuple[Site, ...], arm: "ArmAt", evaluated: list[Evaluation]
     ) -> Callable[[float], Evaluation]:
-        at = sites or self.sites
-
         def evaluate(strength: float) -> Evaluation:
             one = arm(strength)
-            said = control(one.measured(self._meter("control validation", at)), self._held)
+            said = control(one.measured(self._meter("control validation")), self._held)
             gain = _scored(control_metric(self._held), said).value
-            made = one.measured(self._meter("search validation", at))
+            made = one.measured(self._meter("search validation"))
             cost, bare = _scored("neutral_cost", made).value, 0.0
             if self._in_format:
-                made = one.measured(self._meter("in_format validation", at), "in_format")
+                made = one.measured(self._meter("in_format validation"), "in_format")
                 bare = _scored("in_format_cost", made).value
             found = Evaluation(sites[0].layer if sites else None, strength, gain, cost, bare)
             evaluated.append(found)
@@ -803,18 +807,18 @@ class _Task:
     def _undialled(self, contender: Contender) -> dict[str, Any]:
         """The plain model, or the model asked to."""
         asked = self.suite.instruction if contender.method == PROMPT_ONLY else ""
-        half = self._tested(Arm(contender.method, instruction=asked), self.sites)
+        half = self._tested(Arm(contender.method, instruction=asked))
         return {"tested": dict.fromkeys(self._halves, half)}
 
-    def _tested(self, arm: Arm, sites: tuple[Site, ...]) -> dict[str, Any]:
+    def _tested(self, arm: Arm) -> dict[str, Any]:
         """Figures of the test part: items by metric, costs, answers."""
         test = self.contrast.part("test")
-        made = control(arm.measured(self._meter("control test", sites)), test)
-        made += arm.measured(self._meter("check test", sites))
+        made = control(arm.measured(self._meter("control test")), test)
+        made += arm.measured(self._meter("check test"))
         if self._in_format:
-            made += arm.measured(self._meter("in_format test", sites), "in_format")
+            made += arm.measured(self._meter("in_format test"), "in_format")
         if questions := self.suite.questions:
-            made += answered(arm.measured(self._meter("questions", sites)), questions)
+            made += answered(arm.measured(self._meter("questions")), questions)
         most, sampling = self.protocol.answers, self.suite.sampling
         started = time.perf_counter()
         answers = arm.answers(self.backend, self.suite.prompts[:most], sampling)

@@ -397,10 +397,16 @@ class Rehearsal(HF):
         self._asked: list[tuple[Tensor, Tensor, Sequence[Site]]] = []
 
     def _pass(
-        self, ids: Tensor, mask: Tensor, sites: Sequence[Site], seen: dict[Site, Tensor]
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        sites: Sequence[Site],
+        seen: dict[Site, Tensor],
+        cache: DynamicCache | None = None,
     ) -> None:
         self.tally.add("record", ids.numel())
-        self._asked.append((ids, mask, sites))
+        # Timed alone: what came before is few tokens, and looked at, not computed.
+        self._asked.append((ids, mask[:, mask.shape[1] - ids.shape[1] :], sites))
         for site in sites:
             noise = torch.randn(len(ids), 1, self.model.layout.width_of(site))
             seen[site] = noise.expand(-1, ids.shape[1], -1)
@@ -416,13 +422,14 @@ class Rehearsal(HF):
         return answers
 
     def seconds(self, progress: Progress) -> float:
-        """How long all recording passes take, by three of them: short, middling and long ones."""
-        last = len(self._asked) - 1
+        """How long all recording passes take, by three of them: a small, middling and large one."""
+        asked = sorted(self._asked, key=lambda one: one[0].numel())
+        last = len(asked) - 1
         timed, tokens = 0.0, 0
         chosen = sorted({0, last // 2, last})
         for number, place in enumerate([chosen[0], *chosen]):  # the first once more, to warm up
             progress("measure", number, len(chosen) + 1)
-            ids, mask, sites = self._asked[place]
+            ids, mask, sites = asked[place]
             with torch.inference_mode(), ExitStack() as stack:
                 seen = self._capture(stack, sites)
                 started = time.perf_counter()

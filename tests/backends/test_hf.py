@@ -4,7 +4,9 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from os.path import commonprefix
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from innsteer import files, metrics
 from innsteer.activations import READS, Activations, Rows, ShardWriter
 from innsteer.backends import hf
 from innsteer.backends.base import Prompt, Sampling
+from innsteer.backends.engine import watch
 from innsteer.backends.hf import HF
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError, NothingSteeredError
@@ -251,13 +254,47 @@ def test_rows_do_not_depend_on_the_side_of_padding(model, contrast, read):
         assert torch.allclose(left.values[site], right.values[site], atol=1e-4)
 
 
+@contextmanager
+def counted(model, layer=0):
+    """Tokens that go through a block, pass by pass, padding included."""
+    seen = []
+    block = model.layout.blocks[layer].module
+    with block.register_forward_pre_hook(lambda _, args: seen.append(args[0][..., 0].numel())):
+        yield seen
+
+
 def test_every_stream_is_recorded_in_one_pass_per_batch(model, contrast):
-    sites, calls = [Site(1, stream) for stream in STREAMS], []
-    block = model.layout.blocks[0].module
-    with block.register_forward_hook(lambda *_: calls.append(1)):
+    sites = [Site(1, stream) for stream in STREAMS]
+    with counted(model) as one:
+        HF(model).record(contrast, sites[:1])
+    with counted(model) as every:
         got = HF(model).record(contrast, sites)
-    assert len(calls) == 1
+    assert every == one and len(one) == 2, "what all begin with, and the rest"
     assert got.widths == {site: model.layout.width_of(site) for site in sites}
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("read", ["last", "mean"])
+def test_a_prompt_runs_once_for_answers_of_one_token(model, read, padding):
+    rows = [{"prompt": ask, "source": "n", "target": "y"} for ask in ("Is it?", "Is it so?", "Hm")]
+    asked = Contrast.load(rows, behaviour="so")
+    with counted(model) as ran:
+        got = HF(model).record(asked, [Site(1), Site(2)], read=read, padding_side=padding)
+    texts = [model.encode(item.prompt, answer=text).ids for item, text in pairs(asked)]
+    lead = len(commonprefix(texts))
+    longest = max(map(len, texts)) - 1
+    assert lead > 3 and ran == [lead, 3 * (longest - lead), 6]
+    for n, ids in enumerate(texts):
+        with torch.no_grad(), watch(model.layout, [Site(1), Site(2)]) as seen:
+            model.model(torch.tensor([ids]))
+        for site, h in seen.items():
+            torch.testing.assert_close(got.values[site][n], h[0, -1], atol=2e-5, rtol=1e-4)
+
+
+def pairs(contrast):
+    """Items and answers in the order in which a recording takes texts of one length."""
+    texts = [(item, text) for item in contrast.items for text in (item.source, item.target)]
+    return sorted(texts, key=lambda pair: len(pair[0].prompt))
 
 
 @pytest.mark.parametrize("stream", ["residual", "attention"])
@@ -587,6 +624,67 @@ def test_replaying_the_lower_blocks_changes_no_figure(model, stream):
             assert set(one.values["kl"]) == {0.0}
     assert hooks_of(model.model) == count
     assert not any("forward" in vars(block.module) for block in model.layout.blocks)
+
+
+def test_answers_of_one_token_share_a_run_unless_edits_part_them(model):
+    hf, prompts = HF(model), [replace(p, answers=("y", "n")) for p in PROMPTS]
+    reference = hf.forced(prompts)
+    meter = hf.meter(reference, [Site(1)], divergence=False)
+    with counted(model, 2) as ran:
+        alike = meter([edit(model, 0.7)])
+    assert ran[-1] == len(prompts), "the last token of each prompt, once"
+    apart = edit(model, [0.7, -0.7] * len(prompts))
+    for given, got in ((edit(model, [0.7] * 10), alike), (apart, meter([apart]))):
+        for n, one in enumerate(got):
+            row = reorder(given, [n])
+            want = hf.score([replace(prompts[n // 2], answers=(one.text,))], [row])[0][0]
+            assert one.values["log_prob"] == pytest.approx(want, abs=1e-4)
+            assert one.steered == one.tokens == 1
+
+
+def test_what_all_rows_begin_with_runs_once(model):
+    hf = HF(model)
+    reference = hf.reference(PROMPTS[:3], None)
+    lead = len(commonprefix([list(ids[:-1]) for ids in reference.ids]))
+    rest = 3 * (max(map(len, reference.ids)) - lead)
+    meter = hf.meter(reference)
+    with counted(model, 1) as ran:
+        plain = meter.unsteered()
+        late = meter([edit(model, 0.7)])
+        everywhere = meter([edit(model, 0.7, "all")])
+    assert lead > 3 and ran == [lead, rest, rest, rest + 3 * lead]
+    for where, got in (("generated", late), ("all", everywhere)):
+        for one, ids, length in zip(got, reference.ids, reference.lengths, strict=True):
+            given = [edit(model, 0.7, where)]
+            with torch.no_grad(), Attachment(model, given, prompt_lengths=[length]):
+                steered = model.model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+            best = max(steered.argmax().item(), 0)
+            assert one.values["same"] == (float(best == best_of(model, ids)),)
+            said = steered[best_of(model, ids)].item()
+            assert one.values["log_prob"] == pytest.approx((said,), abs=1e-4)
+    assert [one.values["kl"] for one in plain] == [(0.0,)] * 3
+
+
+def best_of(model, ids):
+    with torch.no_grad():
+        return model.model(torch.tensor([ids])).logits[0, -1].argmax().item()
+
+
+def test_one_meter_serves_edits_at_several_layers(model):
+    hf, sites = HF(model), [Site(0), Site(1, "mlp"), Site(2)]
+    reference = hf.reference(PROMPTS, Sampling(new_tokens=5, temperature=1.0))
+    meter = hf.meter(reference, sites)
+    meter.unsteered()
+    for site, lowest in zip(sites, (1, 1, 3), strict=True):
+        given, ran = [edit(model, 0.5, "generated", site)], []
+        with ExitStack() as stack:
+            for layer, block in enumerate(model.layout.blocks):
+                hook = lambda *_, layer=layer: ran.append(layer)  # noqa: E731
+                stack.enter_context(block.mlp.register_forward_hook(hook))
+            got = meter(given)
+        assert min(ran, default=lowest) == lowest
+        for one, other in zip(got, hf.meter(reference)(given), strict=True):
+            assert one.values["kl"] == pytest.approx(other.values["kl"], abs=1e-5)
 
 
 def test_an_edit_below_the_cut_is_not_replayed_away(model):

@@ -1,12 +1,15 @@
 """What every part of the Hugging Face engine shares: batches, padding, one forward pass."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from itertools import islice, takewhile
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from innsteer.backends.base import Progress
 from innsteer.backends.memo import Memo, of_edits
@@ -72,6 +75,33 @@ class Engine:
         )
         return cast(Tensor, out.logits)
 
+    @property
+    def _splits(self) -> bool:
+        """Whether keys and values are all that the model keeps of a sequence."""
+        return not getattr(self.model.model, "_is_stateful", False)
+
+    def _shared(self, rows: Sequence[Sequence[int]], most: int) -> int:
+        """How many first tokens all rows have in common, of ``most``: a template's, as a rule."""
+        if not self._splits:
+            return 0
+        alike = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
+        return sum(1 for _ in islice(alike, most))
+
+    def _begun(self, ids: Sequence[int]) -> DynamicCache:
+        """Keys and values of one sequence's first tokens."""
+        cache = DynamicCache()
+        if ids:
+            row = torch.tensor([list(ids)], device=self.model.model.device)
+            self.model.model.base_model(row, past_key_values=cache, use_cache=True)
+        return cache
+
+    def _after(
+        self, lead: int, rows: Sequence[Sequence[int]], *, side: str = "left"
+    ) -> tuple[Tensor, Tensor]:
+        """What follows the first ``lead`` tokens, padded on one side; the mask of all columns."""
+        ids, mask = self._pad([row[lead:] for row in rows], side=side)
+        return ids, torch.cat([mask.new_ones(len(rows), lead), mask], 1)
+
     def _pad(self, rows: Sequence[Sequence[int]], *, side: str) -> tuple[Tensor, Tensor]:
         """Token ids and mask ``[batch, time]``, padded on one side."""
         longest = max(len(row) for row in rows)
@@ -108,6 +138,24 @@ class Engine:
             tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         )
         return int(pad if pad is not None else 0)
+
+
+def cache_of(layers: Iterable[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """A fresh cache of keys and values ``[batch, heads, columns, width]``, which are not copied."""
+    cache = DynamicCache()
+    for keys, values in layers:
+        layer = DynamicLayer()  # type: ignore[no-untyped-call]
+        layer.lazy_initialization(keys, values)
+        layer.keys, layer.values = keys, values
+        cache.layers.append(layer)
+    return cache
+
+
+def repeated(begun: DynamicCache, count: int) -> DynamicCache:
+    """A fresh cache of ``count`` sequences that all go on from the same one."""
+    layers: Any = begun.layers
+    size = (count, -1, -1, -1)
+    return cache_of((layer.keys.expand(size), layer.values.expand(size)) for layer in layers)
 
 
 def edits_of(edits: Sequence[Edit], index: Sequence[int]) -> list[Edit]:

@@ -11,11 +11,20 @@ from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from innsteer import __version__
 from innsteer.activations import Activations, Read, Rows, ShardWriter
 from innsteer.backends.base import Completion, Progress, Prompt, Sampling, silent
-from innsteer.backends.engine import Engine, as_text, edits_of, positions_of, tally, watch
+from innsteer.backends.engine import (
+    Engine,
+    as_text,
+    edits_of,
+    positions_of,
+    repeated,
+    tally,
+    watch,
+)
 from innsteer.backends.local import Local
 from innsteer.backends.memo import Memo as Memo
 from innsteer.backends.meter import Meter as Meter
@@ -490,27 +499,62 @@ class HF(Engine):
         seen: dict[Site, Tensor],
         padding_side: str,
     ) -> dict[str, Tensor]:
-        """Means ``[picks, d]`` of the tokens picked from some sequences, by site."""
-        ids, mask = self._pad(sequences, side=padding_side)
-        self._pass(ids, mask, sites, seen)
-        before = [ids.shape[1] - len(s) if padding_side == "left" else 0 for s in sequences]
-        places = [(row, [before[row] + t for t in tokens]) for row, tokens in picks]
-        return {
-            str(site): torch.stack([h[row, tokens].float().mean(0) for row, tokens in places])
-            for site, h in seen.items()
-        }
+        """Means ``[picks, d]`` of the tokens picked from some sequences, by site.
+
+        What all begin with runs once, and so does what precedes answers of one token.
+        """
+        stems = [tuple(ids[:-1]) for ids in sequences]
+        branched = self._splits and len(set(stems)) < len(stems)
+        if not branched:
+            stems = list(map(tuple, sequences))
+        rows = list(dict.fromkeys(stems))
+        owners = [rows.index(stem) for stem in stems]
+        lead = self._shared(rows, min(map(len, rows)) - 1)
+        cache = DynamicCache() if lead or branched else None
+        ahead, ends = dict[Site, Tensor](), dict[Site, Tensor]()
+        if lead and cache is not None:
+            self._pass(*self._after(0, [rows[0][:lead]]), sites, seen, cache)
+            ahead, cache = dict(seen), repeated(cache, len(rows))
+        ids, mask = self._after(lead, rows, side=padding_side)
+        self._pass(ids, mask, sites, seen, cache)
+        own, middle = mask[:, lead:].bool(), dict(seen)
+        if branched and cache is not None:
+            cache.batch_select_indices(torch.tensor(owners, device=ids.device))
+            last = torch.tensor([row[-1:] for row in map(list, sequences)], device=ids.device)
+            columns = torch.cat([mask[owners], mask.new_ones(last.shape)], 1)
+            self._pass(last, columns, sites, seen, cache)
+            ends = dict(seen)
+        found: dict[str, Tensor] = {}
+        for site, h in middle.items():
+            texts = []
+            for row, n in enumerate(owners):
+                parts = [ahead[site][0]] if lead else []
+                parts.append(h[n, own[n]])
+                parts += [ends[site][row]] if branched else []
+                texts.append(torch.cat(parts))
+            means = [texts[row][list(tokens)].float().mean(0) for row, tokens in picks]
+            found[str(site)] = torch.stack(means)
+        return found
 
     def _encode_side(self, item: Item, side: str) -> Encoded:
         return self.model.encode(item.prompt, answer=getattr(item, side))
 
     def _pass(
-        self, ids: Tensor, mask: Tensor, sites: Sequence[Site], seen: dict[Site, Tensor]
+        self,
+        ids: Tensor,
+        mask: Tensor,
+        sites: Sequence[Site],
+        seen: dict[Site, Tensor],
+        cache: DynamicCache | None = None,
     ) -> None:
         """One pass up to the deepest site; ``_capture``'s dictionary then holds the streams."""
-        places = positions_of(mask)
         try:
             self.model.model.base_model(
-                ids, attention_mask=mask, position_ids=places, use_cache=False
+                ids,
+                attention_mask=mask,
+                position_ids=positions_of(mask)[:, mask.shape[1] - ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=cache is not None,
             )
         except _Stop:
             pass
