@@ -18,6 +18,7 @@ from innsteer.hooks import Attachment
 from innsteer.interventions import Edit, Shift
 from innsteer.site import Site, Where
 from innsteer.steerer import Interventions
+from innsteer.steerers.alqr import Feedback
 from innsteer.steerers.diffmean import DiffMean
 from innsteer.steerers.gated import GatedMethod
 
@@ -181,6 +182,34 @@ def test_generation_says_the_same_with_and_without_a_cache(model, how):
         if not how:
             assert attached.trace.steered == [list(range(len(r) - 1, len(r) + 3)) for r in ROWS]
     assert torch.equal(*said)
+
+
+def test_one_attachment_follows_strengths_and_rows_from_pass_to_pass(llama):
+    """Maps are bound to a pass's strengths; the next one may have others, or other rows."""
+    maps = tracks(llama, Site(0), Site(1), Site(2))
+    ids = torch.tensor([[10, 11, 12, 13, 14, 15], [20, 21, 22, 23, 24, 25]])
+    edit, calls = of(maps, [0.5, -1.0], "range:2:6"), []
+    with torch.no_grad(), Attachment(llama, [edit], prompt_lengths=[4, 4]) as attached:
+        for part in (slice(0, 3), slice(0, 4), slice(1, 5), slice(0, 4), slice(0, 6)):
+            calls.append((part, llama.model(ids[:, part], use_cache=False).logits))
+    assert attached.trace.nonfinite == 0
+    for part, got in calls:
+        rows = ids[:, part].tolist()
+        want = logits(llama, rows, [of(maps, [0.5, -1.0], "range:2:6")], [4, 4])[0]
+        assert torch.equal(got, want)
+    swapped = logits(llama, ids.tolist(), [of(maps, [-1.0, 0.5], "range:2:6")], [4, 4])[0]
+    assert not torch.allclose(swapped, calls[-1][1], atol=1e-3)
+
+
+def test_trained_maps_are_not_bound_to_what_they_were(llama):
+    maps = Interventions({Site(1): Feedback(tiny.WIDTH)})
+    for tensor in (maps[Site(1)].reads, maps[Site(1)].writes):
+        tensor.copy_(torch.linspace(-1, 1, tiny.WIDTH)).requires_grad_()
+    ids = torch.tensor(ROWS[:1])
+    with Attachment(llama, [of(maps)], prompt_lengths=[4]):
+        for _ in range(2):  # a graph of its own each time
+            llama.model(ids).logits.sum().backward()
+    assert maps[Site(1)].reads.grad.abs().max() > 0
 
 
 def test_leaving_restores_the_model(llama):

@@ -28,7 +28,7 @@ from innsteer.files import canonical
 from innsteer.interventions import Edit
 from innsteer.models import LanguageModel, Layout, find_layout, unwrapped
 from innsteer.site import Site, Span, Where, before
-from innsteer.steerer import AcrossSites, AcrossTokens, Intervention
+from innsteer.steerer import AcrossSites, AcrossTokens, Bound, Intervention, finite
 from innsteer.tokens import LIVE, Encode, TokenContext
 
 # Set on a cache that holds steered tokens: its first steered column, and the prompts it was steered
@@ -104,6 +104,12 @@ class Attachment:
         # Of the pass: carries as they came out of a block's input or output, by edit. Kept apart,
         # because a block that is run again (checkpointing) must find the same one.
         self._carries: dict[tuple[int, Site, str], Tensor] = {}
+        # Maps across sites at the strengths of the latest pass, which the next mostly has too. Of
+        # the pass: whether they may be used, and what an edit handed on and is known to be finite.
+        self._bounds: list[dict[Site, Bound]] = [{} for _ in self._edits]
+        self._strengths: list[Tensor] = []
+        self._sound = False
+        self._handed: list[Tensor | None] = []
         self._requests = _Requests(self._edits)
         self._encode = model.states if isinstance(model, LanguageModel) else None
         # Of the pass: its positions, and how often a site left each of its tokens alone.
@@ -198,8 +204,15 @@ class Attachment:
         self._first = start + int((touched % time).min()) if rows else None
         self._contexts.plan(self._prompts, positions, real, start)
         self._requests.plan(call, positions, start, self._prompts)
-        device = self._model.device
+        strengths = [coef for _, coef in plan]
+        for number, (old, new) in enumerate(zip(self._strengths, strengths, strict=False)):
+            if not torch.equal(old, new):
+                self._bounds[number] = {}
+        device, self._strengths = self._model.device, strengths
         self._plan = [(index.to(device), coef.to(device)) for index, coef in plan]
+        # Bound maps hold what their tensors were: not while these are trained.
+        self._sound = not torch.is_grad_enabled()
+        self._handed = [None] * len(plan)
         self._at, self._spoiled, self._carries = positions, Counter(), {}
 
     def _discount(self) -> None:
@@ -305,28 +318,69 @@ class Attachment:
                         if below is None
                         else self._carries[number, below, "output"].to(rows.device)
                     )
-                    entered = part.enter(rows, coef.to(rows.device), carry)
+                    known = h is self._handed[number]
+                    if (fixed := self._bound(number, site, part, rows)) is None or not (
+                        known or finite(rows)
+                    ):
+                        self._sound = False  # from here on row by row: a carry may be NaN
+                        entered = part.enter(rows, coef.to(rows.device), carry)
+                    else:
+                        entered = fixed.read(rows.float(), carry)
                     self._carries[number, site, "input"] = entered
 
         return self._layout.at(site)[0].register_forward_pre_hook(read, with_kwargs=True)
 
+    def _bound(self, number: int, site: Site, part: AcrossSites, rows: Tensor) -> Bound | None:
+        """A map at the pass's strengths, where its rows may be taken all alike."""
+        if not self._sound or rows.dtype == torch.float64:
+            return None
+        kept = self._bounds[number]
+        if site not in kept:
+            kept[site] = part.bound(self._plan[number][1].to(rows.device, torch.float32))
+        return kept[site]
+
     def _apply(self, site: Site, number: int, part: Intervention, h: Tensor) -> Tensor:
         """Edit the planned rows of ``[batch, time, d]``; the others are the same bits."""
-        index, coef = self._plan[number]
+        index = self._plan[number][0]
         flat = h.reshape(-1, h.shape[-1])
         every = len(index) == len(flat)
-        rows = _taken(flat, index)
+        rows, new = _taken(flat, index), None
+        if isinstance(part, AcrossSites) and (fixed := self._bound(number, site, part, rows)):
+            carry = self._carries[number, site, "input"]
+            new, self._carries[number, site, "output"] = fixed.write(rows.float(), carry)
+            new = new.to(rows.dtype)
+            if not finite(new):
+                self._sound, new = False, None
+        sound = new is not None
+        if new is None:
+            new = self._edited(site, number, part, rows, h.shape[1])
+        if self._displacement is not None:
+            before, after = rows.float(), new.float()
+            relative = (after - before).norm(dim=-1) / before.norm(dim=-1)
+            self._displacement.extend(relative.tolist())
+        if every:
+            whole = new.reshape(h.shape)
+        else:
+            whole = flat.index_copy(0, index.to(flat.device), new).reshape(h.shape)
+        self._handed[number] = whole if sound else None
+        return whole
+
+    def _edited(
+        self, site: Site, number: int, part: Intervention, rows: Tensor, time: int
+    ) -> Tensor:
+        """New values of planned rows; those that are not finite are counted."""
+        index, coef = self._plan[number]
         context = carry = None
         if part.contextual:
-            context = self._contexts.of(site, index // h.shape[1], rows.device)
+            context = self._contexts.of(site, index // time, rows.device)
         if isinstance(part, AcrossSites):
             carry = self._carries[number, site, "input"]
-        broken = ~torch.isfinite(rows).all(-1)
-        for told in (context, carry):
-            if told is not None:
+        read = [told for told in (rows, context, carry) if told is not None]
+        if not all(map(finite, read)):
+            broken = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+            for told in read:
                 broken = broken | ~torch.isfinite(told).all(-1)
-        if count := int(broken.sum()):
-            self.trace.nonfinite += count
+            self.trace.nonfinite += int(broken.sum())
             self._spoiled.update(index[broken.to(index.device)].tolist())
         new: Tensor
         if isinstance(part, AcrossSites) and carry is not None:
@@ -337,13 +391,7 @@ class Attachment:
             new = part.steer(rows, coef.to(rows.device), requests)
         else:
             new = part(rows, coef.to(rows.device), context)
-        if self._displacement is not None:
-            before, after = rows.float(), new.float()
-            relative = (after - before).norm(dim=-1) / before.norm(dim=-1)
-            self._displacement.extend(relative.tolist())
-        if every:
-            return new.reshape(h.shape)
-        return flat.index_copy(0, index.to(flat.device), new).reshape(h.shape)
+        return new
 
     def _device(self, site: Site) -> torch.device:
         """Where a site's rows are computed: a model may be spread over devices."""

@@ -7,6 +7,7 @@ d]`` and an engine's ragged batch alike.
 
 import dataclasses
 import importlib
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -88,6 +89,22 @@ class Intervention(nn.Module, ABC):
         return torch.float64 if double else torch.float32
 
 
+def finite(rows: Tensor) -> bool:
+    """Whether rows are all finite, by one look: their sum is. One that overflows says no as well.
+
+    >>> finite(torch.ones(2, 3)), finite(torch.tensor([[1.0, torch.nan]]))
+    (True, False)
+    """
+    return math.isfinite(rows.sum(dtype=torch.float32).item())
+
+
+class Bound(NamedTuple):
+    """``read(h_in, carry)`` and ``write(h_out, carry)`` of a map across sites, strengths fixed."""
+
+    read: Callable[[Tensor, Tensor], Tensor]
+    write: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
 class AcrossSites(Intervention):
     """An intervention that reads its block's input, edits its output, and hands a carry on.
 
@@ -98,6 +115,9 @@ class AcrossSites(Intervention):
     all 0 come back bit for bit, and so do their carries. A row that is not finite comes back bit
     for bit too and makes its carry NaN: from there on its token is left alone. The block's input
     already holds what was edited below.
+
+    ``write`` mends nothing: of a row or a carry that is not finite it makes a row that is not. So
+    an engine whose rows are all to be steered may take ``bound``, and look at what comes out alone.
 
     A pass forgets: nothing goes from one pass to the next. Alone, on rows, it says nothing.
 
@@ -126,6 +146,17 @@ class AcrossSites(Intervention):
     @abstractmethod
     def write(self, h_out: Tensor, coef: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
         """New rows ``[tokens, d]`` of the block's output, and the carry for the next block."""
+
+    def bound(self, coef: Tensor) -> Bound:
+        """``read`` and ``write`` at these strengths ``[tokens, k]``, none a row of zeros.
+
+        Without the laws, for rows of the compute dtype that are known to be finite, pass after
+        pass. Maps override it to work out beforehand what does not depend on rows.
+        """
+        return Bound(
+            lambda h_in, carry: self.read(h_in, coef, carry),
+            lambda h_out, carry: self.write(h_out, coef, carry),
+        )
 
     def start(self, h: Tensor) -> Tensor:
         """The carry of rows ``h`` before the first block: zeros."""

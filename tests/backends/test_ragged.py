@@ -84,8 +84,10 @@ def test_buffers_keep_their_place_and_forget_the_pass_before():
     desk.plan([Seat("plain", 0, 3), Seat("a", 6, 1)])
     assert coefs(desk, 8) == [0, 0, 0, 1, 0, 0, 0, 0]
     desk.idle()
+    assert desk.tables[0].rows is None
+    desk.plan([Seat("plain", 3, 1)])
     assert coefs(desk, 8) == [0] * 8 and not len(desk.tables[0].index)
-    assert desk.tables[0].coef.data_ptr() == where
+    assert desk.tables[0].coef.data_ptr() == where and desk.tables[0].rows is None
 
 
 def test_steerings_have_rows_of_their_own():
@@ -234,13 +236,17 @@ def test_a_cached_prompt_is_no_context():
 # --- across sites --------------------------------------------------------------------------------
 
 
-def climb(desk, h, blocks=4):
-    """What an engine does with blocks that add a row: edits of a site, then reads of the next."""
+def climb(desk, h, blocks=4, *, each=False):
+    """What an engine does with blocks that add a row: edits of a site, then reads of the next.
+
+    ``each``: every row by itself, as where a graph may be.
+    """
     for layer in range(blocks):
         h = h + torch.linspace(-1, 1, WIDTH) * (layer + 1)
         for place in desk.places.get(Site(layer), []):
             rows = place.table.index
-            h = h.index_copy(0, rows, place.steer(h[rows], rows)[0])
+            new = None if each else place.alike(h[rows])
+            h = h.index_copy(0, rows, place.steer(h[rows], rows)[0] if new is None else new)
         for place in desk.reads.get(Site(layer), []):
             rows = place.table.index
             place.enter(h[rows], rows)
@@ -314,6 +320,73 @@ def test_a_row_lost_below_is_counted_and_left_alone():
     assert torch.equal(second.steer(h, rows)[0][0], h[0])
     tally = desk.take("r")[0]
     assert (tally.touched, tally.edited, tally.nonfinite) == (2, 1, 2)
+
+
+@pytest.mark.parametrize("held", [1, 4, 1000])
+@pytest.mark.parametrize("spoilt", [None, 0, 2])
+def test_rows_taken_all_alike_are_steered_and_counted_as_each_by_itself(held, spoilt, monkeypatch):
+    """Two requests of two strengths through maps across sites; one row is lost at a block."""
+    monkeypatch.setattr("innsteer.backends.ragged.HELD", held)
+    h, found = torch.randn(4, WIDTH), []
+    wild = torch.zeros(4, WIDTH)
+    for each in (False, True):
+        desk = ragged(tracks(1, 2, 3))
+        desk.admit("a", order(steered(0, 0.5), receipt="a"))
+        desk.admit("b", order(steered(1, -2.0), receipt="b"))
+        for start in (0, 2, 3):
+            tokens = 2 if not start else 1
+            desk.plan([Seat("a", start, tokens), Seat("b", start, tokens)])
+            part = h[: 2 * tokens] + start
+            if spoilt == start:
+                part = part.index_fill(0, torch.tensor([0]), float("inf"))
+            wild = climb(desk, part, each=each)
+            desk.check()
+            desk.idle()
+        found.append((wild, desk.take("a"), desk.take("b")))
+    (got, *alike), (want, *by_itself) = found
+    torch.testing.assert_close(got, want, rtol=0, atol=0)
+    for one, other in zip(alike, by_itself, strict=True):
+        assert one[0].touched == other[0].touched > 0 and one[0].edited == other[0].edited > 0
+        assert one[0].nonfinite == other[0].nonfinite
+        # float32 sums in another order
+        assert one[0].displacement == pytest.approx(other[0].displacement, rel=1e-5)
+    assert (alike[0][0].nonfinite > 0) == (spoilt is not None)
+
+
+def test_a_row_that_is_lost_on_the_way_makes_all_of_its_pass_be_asked():
+    desk = ragged(tracks(1, 2, 3))
+    desk.admit("a", order(steered(0), receipt="r"))
+    desk.plan([Seat("a", 0, 2)])
+    places, h = [desk.places[Site(layer)][0] for layer in (1, 2, 3)], torch.randn(2, WIDTH)
+    rows = desk.tables[0].rows
+    places[0].enter(h, rows)
+    up = places[0].alike(h)
+    assert up is not None and not torch.equal(up, h)
+    places[1].enter(up, rows, sound=True)
+    lost = h.clone()
+    lost[0, 1] = float("nan")  # what the block gives
+    assert places[1].alike(lost) is None
+    out, touched = places[1].steer(lost, rows)
+    assert touched.tolist() == [False, True] and torch.equal(out[0, 2:], lost[0, 2:])
+    places[2].enter(h, rows)
+    assert places[2].alike(h) is None  # finite again, but its carry is lost
+    assert places[2].steer(h, rows)[1].tolist() == [False, True]
+    tally = desk.take("r")[0]
+    assert (tally.touched, tally.edited, tally.nonfinite) == (2, 2, 2)
+
+
+def test_a_pass_like_the_one_before_fills_nothing_and_another_strength_does():
+    desk = ragged(tracks(1, 2))
+    for name, coef in (("a", 1.0), ("b", -1.0)):
+        desk.admit(name, order(steered(0, coef), prompt=1, receipt=name))
+    h, found = torch.randn(1, WIDTH), []
+    for name, start in (("a", 0), ("a", 1), ("b", 0), ("a", 2)):
+        desk.plan([Seat(name, start, 1)])
+        found.append(climb(desk, h))
+        desk.idle()
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[3])
+    assert not torch.equal(found[0], found[2])
+    assert desk.take("a")[0].touched == 3 and desk.take("b")[0].touched == 1
 
 
 def test_embeddings_are_not_read_and_cleared_maps_read_nothing():

@@ -318,6 +318,25 @@ def law_neighbours_do_not_matter_to_a_carry(part: AcrossSites, k: int):
         assert (together[:, i] - alone).norm() <= 1e-12, "a neighbour changed the carry"
 
 
+def law_a_bound_map_is_the_map(part: AcrossSites, k: int):
+    """Law 3 across sites: at strengths that are fixed, alike or not, the same comes out.
+
+    And what is not finite is not mended: an engine looks at the outcome alone.
+    """
+    own, d = copy.deepcopy(part).double(), width_of(part)
+    h, before = rows(d).double(), carries(part, 9).double()
+    for coef in (strengths(k), strengths(k)[:1].expand(9, -1), -strengths(k)[-1:].expand(9, -1)):
+        coef, alike = coef.double(), own.bound(coef.double())
+        read, (out, left) = alike.read(h, before), alike.write(h, before)
+        wanted = own.enter(h, coef, before), *own.leave(h, coef, before)
+        for got, want in zip((read, out, left), wanted, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=1e-11, msg="another map")
+        bad = torch.cat([non_finite(torch.float32, d).double(), h[:1]])
+        lost = torch.cat([before[: len(bad) - 1], torch.full_like(before[:1], torch.inf)])
+        out = own.bound(coef[: len(bad)]).write(bad, lost)[0]
+        assert not torch.isfinite(out).all(-1).any(), "a bad row was mended"
+
+
 def law_rows_alone_are_refused(part: AcrossSites, k: int):
     """Rows of one site do not say what the block's input was."""
     with pytest.raises(InputError, match="across sites.*Steering.on"):
@@ -635,6 +654,7 @@ def test_what_is_carried_keeps_the_laws_of_rows(name, k, dtype):
         law_untouched_rows_keep_their_carry(part, k, dtype)
         law_a_carry_keeps_its_form_and_nothing_happens_in_place(part, k, dtype)
         law_neighbours_do_not_matter_to_a_carry(part, k)
+        law_a_bound_map_is_the_map(part, k)
         law_rows_alone_are_refused(part, k)
 
 
@@ -926,6 +946,19 @@ class CarriesNeighbours(Follows):
         return super().read(h_in, coef, carry) + 1e-4 * torch.nan_to_num(h_in).mean()
 
 
+class BoundToOne(Follows):
+    """Forgets the strengths that it is bound to."""
+
+    def bound(self, coef):
+        return super().bound(torch.ones_like(coef))
+
+
+class Mends(Follows):
+    def write(self, h_out, coef, carry):
+        new, carry = super().write(h_out, coef, carry)
+        return torch.nan_to_num(new), carry
+
+
 class AnswersRowsAlone(Follows):
     def displacement(self, h, coef):
         return coef @ self.directions
@@ -1055,6 +1088,7 @@ def test_a_map_across_sites_keeps_every_law():
     law_neighbours_do_not_matter(chain, 2)
     law_neighbours_do_not_matter_to_a_carry(maps[Site(2)], 2)
     law_it_compiles_whole_and_runs_in_inference_mode(chain, 2)
+    law_a_bound_map_is_the_map(maps[Site(2)], 2)
     law_rows_alone_are_refused(maps[Site(2)], 2)
 
 
@@ -1081,6 +1115,14 @@ def test_law_2_catches_a_carry_in_place_of_another_dtype_and_another_start(broke
 def test_law_3_catches_a_carry_that_looks_at_the_neighbours():
     with pytest.raises(AssertionError, match="neighbour"):
         law_neighbours_do_not_matter_to_a_carry(CarriesNeighbours(), 1)
+
+
+@pytest.mark.parametrize(
+    ("broken", "match"), [(BoundToOne(), "another map"), (Mends(), "was mended")]
+)
+def test_law_3_catches_a_bound_map_that_is_another_and_one_that_mends(broken, match):
+    with pytest.raises(AssertionError, match=match):
+        law_a_bound_map_is_the_map(broken, 1)
 
 
 def test_rows_alone_that_are_answered_are_caught():

@@ -4,7 +4,9 @@ An engine hands over the batch before each pass, in its order; one pass over the
 buffer of coefficients per steering. The maps then run on rows, without a look at requests, and add
 what they did to counters on the same device, which receipts are read from.
 
-The buffers keep their addresses, so that a captured graph finds new values in them.
+The buffers keep their addresses, so that a captured graph finds new values in them. Where no graph
+can be, on the CPU, what the laws ask is asked once for all rows (is any not finite?), and counters
+are written once at the end of a pass.
 """
 
 from collections.abc import Sequence
@@ -17,10 +19,12 @@ from torch import Tensor
 from innsteer.backends.menu import Order
 from innsteer.errors import NothingSteeredError, RefusedError
 from innsteer.site import Site, before
-from innsteer.steerer import AcrossSites, Intervention, Interventions
+from innsteer.steerer import AcrossSites, Bound, Intervention, Interventions, finite
 
 SLOTS = 16384
 """Receipts that wait to be taken at most, 16 bytes each per site; the oldest then gives way."""
+HELD = 128
+"""Rows whose counters wait to be written together: of more, old and new values leave the caches."""
 
 
 class Seat(NamedTuple):
@@ -60,6 +64,13 @@ class Table:
         source: ``[capacity]``, whose context a row reads. share: ``[capacity]``, 1 / its tokens.
         window: rows that belong to contexts. reader: whose context each of those belongs to.
         carry: ``[capacity, c]``, what maps across sites hand from block to block.
+        counts: ``[sites, slots, 4]``: rows that reached a site, rows edited, their summed relative
+            displacement, rows that were not finite. Slot 0 is nobody's.
+        rows: ``index``, as a slice where its rows are neighbours; None: nothing is steered now.
+        sound: whether rows may be taken all alike, as far as this pass has come.
+        climbing: the carries of ``rows`` while they are. made: what ``settle`` has to count: the
+            number of a site, rows before and after.
+        holds: what the buffers were filled with.
     """
 
     coef: Tensor
@@ -70,7 +81,34 @@ class Table:
     window: Tensor
     reader: Tensor
     carry: Tensor
+    counts: Tensor
+    rows: Tensor | slice | None = None
+    sound: bool = False
+    climbing: Tensor | None = None
+    made: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
+    holds: object = None
     filled: int = 0
+
+    def doubt(self) -> None:
+        """From here on row by row: one of them may not be finite."""
+        if self.climbing is not None and self.rows is not None:
+            self.carry[self.rows] = self.climbing
+        self.sound = False
+
+    def settle(self) -> None:
+        """Count what was done to rows taken all alike."""
+        if not self.made:
+            return
+        numbers, olds, news = zip(*self.made, strict=True)
+        self.made = []
+        before, after = torch.stack(olds).float(), torch.stack(news).float()
+        move = after - before
+        moved = move.norm(dim=-1) / before.norm(dim=-1).clamp_min(1e-30)
+        edited = (move.amax(-1) != 0) | (move.amin(-1) != 0)
+        told = torch.stack([torch.ones_like(moved), edited, moved, torch.zeros_like(moved)], -1)
+        slots = self.counts.shape[1]
+        at = slots * torch.tensor(numbers, device=told.device)[:, None] + self.slot[self.rows]
+        self.counts.view(-1, 4).index_add_(0, at.flatten(), told.flatten(0, 1))
 
 
 @dataclass
@@ -78,8 +116,7 @@ class Place:
     """One site of one steering: its map, its rows and its counters.
 
     Attributes:
-        counts: ``[slots, 4]``: rows that reached it, rows edited, their summed relative
-            displacement, rows that were not finite. Slot 0 is nobody's.
+        number: among the steering's sites. counts: its own of the table's.
         sums: ``[readers, d]``, contexts as they are gathered; None: the map reads none.
         first: whether it is the lowest of maps across sites, whose carry starts at zeros.
         passes: how often it ran. entered: how often it read its block's input.
@@ -87,26 +124,81 @@ class Place:
 
     part: Intervention
     table: Table
-    counts: Tensor
+    number: int
     sums: Tensor | None = None
     first: bool = False
     passes: int = 0
     entered: int = 0
+    bound: Bound | None = None
+
+    @property
+    def counts(self) -> Tensor:
+        """``[slots, 4]``, see ``Table``."""
+        return self.table.counts[self.number]
 
     def gather(self, h: Tensor) -> None:
         """Add rows of contexts, ``h`` being those of ``table.window``, before they are edited."""
         if self.sums is not None:
             self.sums.index_add_(0, self.table.reader, h.float())
 
-    def enter(self, h: Tensor, rows: Tensor | slice) -> None:
-        """Read rows ``[n, d]`` of the block's input, which is the block below's edited output."""
+    def _bound(self) -> Bound:
+        """The map across sites at the strengths of the rows."""
         assert isinstance(self.part, AcrossSites)
+        if self.bound is None:
+            self.bound = self.part.bound(self.table.coef[self.table.rows])
+        return self.bound
+
+    def alike(self, h: Tensor) -> Tensor | None:
+        """``steer`` of the table's rows, all finite and to be steered; None: ask each of them."""
+        table = self.table
+        if not table.sound or self.sums is not None or h.dtype == torch.float64:
+            return None
+        new: Tensor
+        if isinstance(self.part, AcrossSites):
+            if table.climbing is None:
+                return None
+            new, left = self._bound().write(h.float(), table.climbing)
+            new = new.to(h.dtype)
+            if not finite(new):
+                table.doubt()
+                return None
+            table.climbing = left
+        elif finite(h):
+            new = self.part(h, table.coef[table.rows])
+        else:
+            return None
+        table.made.append((self.number, h, new))
+        if len(h) * len(table.made) >= HELD:
+            table.settle()
+        self.passes += 1
+        return new
+
+    def enter(self, h: Tensor, rows: Tensor | slice, *, sound: bool = False) -> None:
+        """Read rows ``[n, d]`` of the block's input, which is the block below's edited output.
+
+        ``sound``: they are known to be finite.
+        """
+        assert isinstance(self.part, AcrossSites)
+        table = self.table
+        if table.sound and h.dtype != torch.float64:
+            if sound or finite(h):
+                old = self.part.start(h) if self.first else table.climbing
+                assert old is not None
+                table.climbing = self._bound().read(h.float(), old)
+                self.entered += 1
+                return
+            table.doubt()
         carry = self.part.start(h) if self.first else self.table.carry[rows]
         self.table.carry[rows] = self.part.enter(h, self.table.coef[rows], carry).float()
         self.entered += 1
 
     def steer(self, h: Tensor, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """New values of rows ``[n, d]``, and which of them may differ from the old ones ``[n]``."""
+        """New values of rows ``[n, d]``, and which of them may differ from the old ones ``[n]``.
+
+        Each row by itself, and those of the table from here on.
+        """
+        if self.table.sound and isinstance(self.part, AcrossSites):
+            self.table.doubt()
         coef, finite, context = self.table.coef[rows], torch.isfinite(h).all(-1), None
         if self.sums is not None:
             context = self.sums[self.table.source[rows]] * self.table.share[rows].unsqueeze(-1)
@@ -207,12 +299,12 @@ class Ragged:
         coef = torch.zeros(self.capacity, k, device=self.device)
         none = long[:0]
         carry = torch.zeros(self.capacity, interventions.carry, device=self.device)
-        table = Table(coef, long.clone(), long.clone(), share, none, none, none, carry)
+        counts = torch.zeros(len(interventions), self.slots, 4, device=self.device)
+        table = Table(coef, long.clone(), long.clone(), share, none, none, none, carry, counts)
         places = []
-        for site, part in interventions.to(self.device).items():
+        for number, (site, part) in enumerate(interventions.to(self.device).items()):
             sums = torch.zeros(self.readers, part.width, device=self.device)
-            counts = torch.zeros(self.slots, 4, device=self.device)
-            place = Place(part, table, counts, sums if part.contextual else None)
+            place = Place(part, table, number, sums if part.contextual else None)
             self.places.setdefault(site, []).append(place)
             places.append(place)
             if site in across:
@@ -260,14 +352,20 @@ class Ragged:
                 self._seat(seat, guest, row, runs, windows)
             row += seat.tokens
         for number, table in enumerate(self.tables):
-            self._fill(table, runs[number], windows[number], row)
+            if self._fill(table, runs[number], windows[number], row):
+                for place in self._places[number]:
+                    place.bound = None
         acting = [places for places, mine in zip(self._places, runs, strict=True) if mine]
         self._due = [(one, one.passes, one.entered) for places in acting for one in places]
 
     def idle(self) -> None:
         """What runs next is no request's: nothing is steered."""
         for table in self.tables:
-            self._fill(table, [], [], 0)
+            table.settle()
+            if self.device.type == "cpu" and not len(table.window):
+                table.rows = None  # the next pass mostly finds the buffers as they shall be
+            else:
+                self._fill(table, [], [], 0)
         self._due = []
 
     def check(self) -> None:
@@ -297,8 +395,9 @@ class Ragged:
             return None
         self._free.append(kept.slot)
         found = {}
-        for number, places in enumerate(self._places):
-            counts = torch.stack([place.counts[kept.slot] for place in places]).tolist()
+        for number, table in enumerate(self.tables):
+            table.settle()
+            counts = table.counts[:, kept.slot].tolist()
             reached = min(round(one[0]) for one in counts)
             cached = kept.cached.get(number, 0)
             if reached or cached:
@@ -318,9 +417,8 @@ class Ragged:
             if not self._free:
                 self._free.append(self._receipts.pop(next(iter(self._receipts))).slot)
             slot = self._free.pop()
-            for places in self._places:
-                for place in places:
-                    place.counts[slot] = 0.0
+            for table in self.tables:
+                table.counts[:, slot] = 0.0
             self._receipts[name] = _Receipt(slot)
         return self._receipts[name]
 
@@ -395,10 +493,21 @@ class Ragged:
         runs: Sequence[_Run],
         windows: Sequence[tuple[int, int, int]],
         rows: int,
-    ) -> None:
-        """Write one table; rows of the pass before that are not steered any more become 0."""
+    ) -> bool:
+        """Write one table; rows of the pass before that are not steered any more become 0.
+
+        Returns whether it had to be: a pass of decoding mostly is like the one before.
+        """
         if not (runs or windows or table.filled):
-            return  # nothing was steered, and nothing is: a plain pass pays nothing
+            table.rows = None
+            return False  # nothing was steered, and nothing is: a plain pass pays nothing
+        table.settle()
+        table.climbing, table.sound = None, self.device.type == "cpu"
+        holds = runs, windows, rows
+        if table.holds == holds and not windows:
+            table.rows = self._span(table.index, runs)
+            return False
+        table.holds = holds
         table.coef[: table.filled] = 0.0
         table.slot[: table.filled] = 0
         table.filled = rows if runs or windows else 0
@@ -410,6 +519,7 @@ class Ragged:
             slot = torch.tensor([run.slot for run in runs])
             table.coef[table.index] = coef.repeat_interleave(each, 0).to(self.device)
             table.slot[table.index] = slot.repeat_interleave(each).to(self.device)
+        table.rows = self._span(table.index, runs)
         window = [count for _, count, _ in windows]
         table.window = self._rows([at for at, _, _ in windows], window)
         table.reader = self._spread([reader for *_, reader in windows], window)
@@ -417,6 +527,14 @@ class Ragged:
             table.source[table.index] = self._spread([run.source for run in runs], counts)
             share = torch.tensor([run.share for run in runs])
             table.share[table.index] = share.repeat_interleave(torch.tensor(counts)).to(self.device)
+        return True
+
+    def _span(self, index: Tensor, runs: Sequence[_Run]) -> Tensor | slice | None:
+        """The rows of runs, as a slice where they are neighbours."""
+        if not runs:
+            return None
+        first, last = runs[0].row, runs[-1].row + runs[-1].rows
+        return slice(first, last) if last - first == len(index) else index
 
     def _rows(self, starts: Sequence[int], counts: Sequence[int]) -> Tensor:
         """Row numbers of runs, one after the other.

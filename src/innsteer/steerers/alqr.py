@@ -15,7 +15,7 @@ from innsteer.control import Weights, backward
 from innsteer.errors import InputError, UnknownName
 from innsteer.setpoints import Origin, feature
 from innsteer.site import Site
-from innsteer.steerer import AcrossSites, Chain, Interventions, Steerer, side_means
+from innsteer.steerer import AcrossSites, Bound, Chain, Interventions, Steerer, side_means
 
 Loop = Literal["closed", "open"]
 LEVELS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
@@ -71,6 +71,26 @@ class Feedback(AcrossSites):
         length = control.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         share = (self.clip * h_out.norm(dim=-1, keepdim=True) / length).clamp_max(1)
         return h_out + share * control, carry
+
+    def bound(self, coef: Tensor) -> Bound:
+        """A product with the row and one with the feature, whose factors are made once."""
+        size, reads, writes = coef.abs(), self.reads.to(coef.dtype), self.writes.to(coef.dtype)
+        levels = coef * self.levels.to(coef.dtype) + size * self.origins.to(coef.dtype)
+        # Rows of one strength: it goes into the factor.
+        alike = bool((size == size[:1]).all())
+        factor = (-size[:1].mT * reads if alike else reads).mT.contiguous()
+
+        def read(h_in: Tensor, carry: Tensor) -> Tensor:
+            if alike:
+                return torch.addmm(levels, h_in, factor)
+            return torch.addcmul(levels, size, h_in @ factor, value=-1)
+
+        def write(h_out: Tensor, carry: Tensor) -> tuple[Tensor, Tensor]:
+            if self.clip is not None:
+                return self.write(h_out, coef, carry)
+            return torch.addmm(h_out, carry, writes), carry
+
+        return Bound(read, write)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ and serves every request: which rows are steered, and how, is read when it runs.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,37 +40,73 @@ def steer_split(hidden: Tensor, residual: Tensor, key: str) -> None:
     """
     if key in SEEN:
         SEEN[key](hidden + residual)
+    known = Known()
     for place in PLACES[key]:
         if len(place.table.window):
             window = place.table.window
             place.gather(hidden[window] + residual[window])
         rows = _rows(place, hidden)
-        if rows is not None:
-            new, touched = place.steer(hidden[rows] + residual[rows], rows)
+        if rows is None:
+            continue
+        mine, rest = hidden[rows], residual[rows]
+        old = mine + rest
+        new = place.alike(old)
+        known = Known(rows, new)
+        if new is None:
+            new, touched = place.steer(old, rows)
             keep = touched.unsqueeze(-1)
-            residual[rows] = torch.where(keep, new, residual[rows])
-            hidden[rows] = hidden[rows].masked_fill(keep, 0)
+            residual[rows] = torch.where(keep, new, rest)
+            hidden[rows] = mine.masked_fill(keep, 0)
+        elif isinstance(rows, slice):
+            rest.copy_(new)
+            mine.zero_()
+        else:
+            residual[rows] = new
+            hidden[rows] = 0
     for place in READS[key]:
         rows = _rows(place, hidden)
         if rows is not None:
-            place.enter(hidden[rows] + residual[rows], rows)
+            h = known.at(rows)
+            place.enter(
+                hidden[rows] + residual[rows] if h is None else h, rows, sound=h is not None
+            )
 
 
 def steer_whole(hidden: Tensor, key: str) -> None:
     """Steer a block's output that a layer returns as one tensor ``[tokens, d]``."""
     if key in SEEN:
         SEEN[key](hidden)
+    known = Known()
     for place in PLACES[key]:
         if len(place.table.window):
             place.gather(hidden[place.table.window])
         rows = _rows(place, hidden)
-        if rows is not None:
-            new, _ = place.steer(hidden[rows], rows)
-            hidden[rows] = new
+        if rows is None:
+            continue
+        old = hidden[rows].clone() if isinstance(rows, slice) else hidden[rows]
+        new = place.alike(old)
+        known = Known(rows, new)
+        if new is None:
+            new, _ = place.steer(old, rows)
+        hidden[rows] = new
     for place in READS[key]:
         rows = _rows(place, hidden)
         if rows is not None:
-            place.enter(hidden[rows], rows)
+            if (h := known.at(rows)) is None:
+                place.enter(hidden[rows], rows)
+            else:
+                place.enter(h, rows, sound=True)
+
+
+class Known(NamedTuple):
+    """The last steered rows of a site, where they are known to be finite."""
+
+    rows: Tensor | slice | None = None
+    new: Tensor | None = None
+
+    def at(self, rows: Tensor | slice) -> Tensor | None:
+        """Their values, if these are the rows."""
+        return self.new if rows is self.rows else None
 
 
 def attach(layer: nn.Module, key: str) -> torch.utils.hooks.RemovableHandle:
@@ -95,7 +131,7 @@ def _rows(place: Place, hidden: Tensor) -> Tensor | slice | None:
     """The rows to run a map on: while a graph is captured all of them, whatever is steered now."""
     if hidden.is_cuda and torch.cuda.is_current_stream_capturing():
         return slice(0, len(hidden))
-    return place.table.index if len(place.table.index) else None
+    return place.table.rows
 
 
 for _name, _function in (("steer_split", steer_split), ("steer_whole", steer_whole)):
