@@ -3,13 +3,17 @@
     python benchmarks/alqr.py DATA --plan            # what each stage takes
     python benchmarks/alqr.py DATA                   # linearity, fit and overhead
     python benchmarks/alqr.py DATA compare --tasks 1 # the cells of the first task, then tables
+    python benchmarks/alqr.py DATA levels --tasks 1  # the authors' other set-points beside them
     python benchmarks/alqr.py DATA displacement --tasks 1
 
 DATA is the folder of the public files, as for comparison.py. ``compare`` fits the closed loop, its
 open-loop twin, the loop without Jacobians, PID and CAA (diffmean) with equal evaluations at the
-common budget; ``displacement`` sets every arm to the mean displacement that the closed loop has
-there and measures control again. Cells and fits are kept in runs/alqr, and an interrupted run goes
-on. Every stage writes what it found into results/alqr.json.
+common budget; ``levels`` adds closed loops at the other set-points of the authors' grid;
+``displacement`` sets every arm to the mean displacement that the closed loop has at the budget and
+measures control again. Cells, fits, Jacobians and every single evaluation are kept in runs/alqr: an
+interrupted run goes on inside the cell where it was, and one Jacobian serves all arms, stages and
+set-points, for which the regulator's recursion alone is run again. ``--plan`` tells the cells that
+are left. Every stage writes what it found into results/alqr.json.
 """
 
 import argparse
@@ -34,7 +38,7 @@ from spine import Figure, figure, interval
 import suites as looks
 from innsteer import __version__, linearity, load_model, suites
 from innsteer.backends.base import Completion
-from innsteer.backends.hf import HF
+from innsteer.backends.hf import HF, Memo
 from innsteer.comparing import Comparison, Contender, Protocol
 from innsteer.contrast import Contrast
 from innsteer.files import read_json, write_json
@@ -64,7 +68,7 @@ ARMS = [
 """The closed loop, what it is compared with, and CAA last."""
 LEVELS = [Contender.of("alqr", setpoint=level) for level in (1.0, 1.5, 2.5, 3.0, 3.5)]
 """The other set-points of the authors' grid."""
-STAGES = ("linearity", "fit", "overhead", "small", "compare", "displacement")
+STAGES = ("linearity", "fit", "overhead", "small", "compare", "levels", "displacement")
 PARTS = {"train": 150, "validation": 40, "test": 80}
 SMALL = {"evaluations": 6, "items": 40, "search_tokens": 200, "answers": 8, "layers": (14,)}
 """Of the stage ``small``: a first look, no ranking."""
@@ -73,9 +77,11 @@ TAKES = {
     "fit": "50 prompts and 200 texts a side: about 6 minutes of one quiet core",
     "overhead": "two batch sizes, 12 rounds: about 4 minutes",
     "small": "one task, parts of it, Jacobians of 10 prompts, 6 evaluations: about 20 minutes",
-    "compare": "a task: its unsteered part (10 minutes), then 5 rows (3 fits of 6 minutes) and 5 "
-    "set-points; about 2 hours of one quiet core",
-    "displacement": "a task: 5 fits and 6 measures each; about 40 minutes of one quiet core",
+    "compare": "a task: Jacobians (5 minutes), its unsteered part (10), then 9 rows (of 5); about "
+    "an hour of one quiet core",
+    "levels": "a task: 5 rows of 5 to 10 minutes, on the same Jacobians",
+    "displacement": "a task: no Jacobians, 5 fits of half a minute, up to 13 measures each; about "
+    "15 minutes of one quiet core",
 }
 
 
@@ -231,19 +237,30 @@ def ahead(found: Sequence[dict[str, Any]], against: str, lead: str = "") -> list
 
 def compared(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
     """The common budget: what the closed loop is ahead by, with intervals."""
-    rows = Comparison(
+    rows = cells(backend, tasks)
+    rows.run(progress=say)
+    return ahead(rows.found(), CLOSED.name)
+
+
+def levelled(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
+    """The closed loop ahead of itself at other set-points."""
+    rows = cells(backend, tasks, LEVELS)
+    rows.run(progress=say)
+    beside = Comparison(backend, tasks, WORK / "cells", contenders=[CLOSED])
+    return ahead([*beside.found(), *rows.found()], CLOSED.name, "set-points, ")
+
+
+def cells(
+    backend: HF, tasks: Sequence[Contrast], rows: Sequence[Contender] | None = None
+) -> Comparison:
+    """Rows of the common budget, by default those of the first table."""
+    return Comparison(
         backend,
         tasks,
         WORK / "cells",
-        contenders=[*comparison.always(), *ARMS, *LEVELS],
-        instructions={
-            name: told
-            for name, told in comparison.words(tasks).items()
-            if name in {task.behaviour for task in tasks}
-        },
+        contenders=rows or [*comparison.always(), *ARMS],
+        instructions=comparison.words(tasks),
     )
-    rows.run(progress=say)
-    return ahead(rows.found(), CLOSED.name)
 
 
 def displaced(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
@@ -355,6 +372,20 @@ def save(stage: str, figures: Sequence[Figure], seconds: float) -> None:
     write_json(RESULTS, record)
 
 
+def left(backend: HF, tasks: Sequence[Contrast]) -> str:
+    """What the stages of cells have still to do, by what cells took so far."""
+    told = []
+    for name, rows in (("compare", None), ("levels", LEVELS)):
+        for task in tasks:
+            plan = cells(backend, [task], rows).plan()
+            hours = "" if plan["seconds"] is None else f", about {plan['seconds'] / 3600:.1f} hours"
+            told.append(
+                f"{name}, {task.behaviour}: {plan['left']} of {plan['cells']} cells left, "
+                f"{plan['evaluations']} evaluations{hours}"
+            )
+    return "\n".join(told)
+
+
 def main() -> None:
     """Run some stages, and write after each."""
     parser = argparse.ArgumentParser(
@@ -370,12 +401,16 @@ def main() -> None:
         parser.error(f"no stage {min(unknown)!r}; expected {', '.join(STAGES)}")
     for name in STAGES if asked.plan else chosen:
         print(f"{name}: {TAKES[name]}", file=sys.stderr, flush=True)
-    if asked.plan:
-        return
     torch.set_num_threads(1)
     backend, tasks = HF(load_model("smollm2")), tasks_of(asked.data)[: asked.tasks]
-    ways = dict(zip(STAGES, (linear, fitted, overhead, small, compared, displaced), strict=True))
+    if asked.plan:
+        print(left(backend, tasks), file=sys.stderr)
+        return
+    every = (linear, fitted, overhead, small, compared, levelled, displaced)
+    ways = dict(zip(STAGES, every, strict=True))
     for name in chosen:
+        # Stages that time what they do make it.
+        backend.memo = Memo(WORK / "kept" if name in STAGES[3:] else None)
         started = time.perf_counter()
         save(name, ways[name](backend, tasks), time.perf_counter() - started)
 

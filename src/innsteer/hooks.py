@@ -58,6 +58,26 @@ class Trace:
     nonfinite: int = 0
 
 
+@dataclass(eq=False, slots=True)
+class _Stage:
+    """A map across sites in the latest pass.
+
+    The carries as they came out of its block's input and output are kept apart, because a block
+    that is run again (checkpointing) must find the same one.
+
+    Attributes:
+        number: of its edit. below: the map that hands a carry to it. bound: the map at the pass's
+            strengths, which the next pass mostly has too.
+    """
+
+    number: int
+    part: AcrossSites
+    below: "_Stage | None"
+    bound: Bound | None = None
+    entered: Tensor | None = None
+    left: Tensor | None = None
+
+
 class Attachment:
     """Edits on a model, as a context manager; leaving it restores the model exactly.
 
@@ -101,13 +121,11 @@ class Attachment:
         self._scopes: list[tuple[Tensor, Tensor, Tensor]] = []
         self._plan: list[tuple[Tensor, Tensor]] = []
         self._contexts = _Contexts(self._edits, contexts)
-        # Of the pass: carries as they came out of a block's input or output, by edit. Kept apart,
-        # because a block that is run again (checkpointing) must find the same one.
-        self._carries: dict[tuple[int, Site, str], Tensor] = {}
-        # Maps across sites at the strengths of the latest pass, which the next mostly has too. Of
-        # the pass: whether they may be used, and what an edit handed on and is known to be finite.
-        self._bounds: list[dict[Site, Bound]] = [{} for _ in self._edits]
+        self._stages = [_stages(number, edit) for number, edit in enumerate(self._edits)]
+        # Of the pass: strengths and number of an edit's rows, whether rows may be taken all alike,
+        # and what an edit handed on and is known to be finite.
         self._strengths: list[Tensor] = []
+        self._counts: list[int] = []
         self._sound = False
         self._handed: list[Tensor | None] = []
         self._requests = _Requests(self._edits)
@@ -207,13 +225,15 @@ class Attachment:
         strengths = [coef for _, coef in plan]
         for number, (old, new) in enumerate(zip(self._strengths, strengths, strict=False)):
             if not torch.equal(old, new):
-                self._bounds[number] = {}
+                for stage in self._stages[number].values():
+                    stage.bound = None
         device, self._strengths = self._model.device, strengths
         self._plan = [(index.to(device), coef.to(device)) for index, coef in plan]
         # Bound maps hold what their tensors were: not while these are trained.
         self._sound = not torch.is_grad_enabled()
         self._handed = [None] * len(plan)
-        self._at, self._spoiled, self._carries = positions, Counter(), {}
+        self._counts = [len(index) for index, _ in plan]
+        self._at, self._spoiled = positions, Counter()
 
     def _discount(self) -> None:
         """After a pass with rows that were not finite: those that no site edited do not count."""
@@ -283,7 +303,7 @@ class Attachment:
                 return h
             self._contexts.see(site, h)
             for number, intervention in mine:
-                if len(self._plan[number][0]) or self._requests.keeps(number):
+                if self._counts[number] or self._requests.keeps(number):
                     h = self._apply(site, number, intervention, h)
             return h
 
@@ -299,55 +319,48 @@ class Attachment:
 
     def _read_hook(self, site: Site) -> Any:
         """A hook that lets the maps across sites of one block read its input."""
-        mine = []
-        for number, edit in enumerate(self._edits):
-            if site in (parts := _across(edit)):
-                below = max((other for other in parts if other < site), default=None)
-                mine.append((number, parts[site], below))
+        mine = [stages[site] for stages in self._stages if site in stages]
 
         def read(_: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
             if _is_plain():
                 return
             h = args[0] if args else kwargs["hidden_states"]
-            for number, part, below in mine:
-                index, coef = self._plan[number]
-                if len(index):
-                    rows = _taken(h.reshape(-1, h.shape[-1]), index)
-                    carry = (
-                        part.start(rows)
-                        if below is None
-                        else self._carries[number, below, "output"].to(rows.device)
-                    )
-                    known = h is self._handed[number]
-                    if (fixed := self._bound(number, site, part, rows)) is None or not (
-                        known or finite(rows)
-                    ):
-                        self._sound = False  # from here on row by row: a carry may be NaN
-                        entered = part.enter(rows, coef.to(rows.device), carry)
-                    else:
-                        entered = fixed.read(rows.float(), carry)
-                    self._carries[number, site, "input"] = entered
+            for stage in mine:
+                if not self._counts[stage.number]:
+                    continue
+                index, coef = self._plan[stage.number]
+                rows, below = _taken(h.reshape(-1, h.shape[-1]), index), stage.below
+                if below is None:
+                    carry = stage.part.start(rows)
+                else:
+                    assert below.left is not None
+                    carry = below.left.to(rows.device)
+                bound = self._bound(stage, rows)
+                if bound and (h is self._handed[stage.number] or finite(rows)):
+                    stage.entered = bound.read(rows.float(), carry)
+                else:
+                    self._sound = False  # from here on row by row: a carry may be NaN
+                    stage.entered = stage.part.enter(rows, coef.to(rows.device), carry)
 
         return self._layout.at(site)[0].register_forward_pre_hook(read, with_kwargs=True)
 
-    def _bound(self, number: int, site: Site, part: AcrossSites, rows: Tensor) -> Bound | None:
+    def _bound(self, stage: _Stage, rows: Tensor) -> Bound | None:
         """A map at the pass's strengths, where its rows may be taken all alike."""
         if not self._sound or rows.dtype == torch.float64:
             return None
-        kept = self._bounds[number]
-        if site not in kept:
-            kept[site] = part.bound(self._plan[number][1].to(rows.device, torch.float32))
-        return kept[site]
+        if stage.bound is None:
+            coef = self._plan[stage.number][1]
+            stage.bound = stage.part.bound(coef.to(rows.device, torch.float32))
+        return stage.bound
 
     def _apply(self, site: Site, number: int, part: Intervention, h: Tensor) -> Tensor:
         """Edit the planned rows of ``[batch, time, d]``; the others are the same bits."""
         index = self._plan[number][0]
         flat = h.reshape(-1, h.shape[-1])
-        every = len(index) == len(flat)
         rows, new = _taken(flat, index), None
-        if isinstance(part, AcrossSites) and (fixed := self._bound(number, site, part, rows)):
-            carry = self._carries[number, site, "input"]
-            new, self._carries[number, site, "output"] = fixed.write(rows.float(), carry)
+        stage = self._stages[number].get(site)
+        if stage and stage.entered is not None and (bound := self._bound(stage, rows)):
+            new, stage.left = bound.write(rows.float(), stage.entered)
             new = new.to(rows.dtype)
             if not finite(new):
                 self._sound, new = False, None
@@ -358,7 +371,7 @@ class Attachment:
             before, after = rows.float(), new.float()
             relative = (after - before).norm(dim=-1) / before.norm(dim=-1)
             self._displacement.extend(relative.tolist())
-        if every:
+        if rows is flat:
             whole = new.reshape(h.shape)
         else:
             whole = flat.index_copy(0, index.to(flat.device), new).reshape(h.shape)
@@ -373,8 +386,8 @@ class Attachment:
         context = carry = None
         if part.contextual:
             context = self._contexts.of(site, index // time, rows.device)
-        if isinstance(part, AcrossSites):
-            carry = self._carries[number, site, "input"]
+        if stage := self._stages[number].get(site):
+            carry = stage.entered
         read = [told for told in (rows, context, carry) if told is not None]
         if not all(map(finite, read)):
             broken = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
@@ -383,9 +396,9 @@ class Attachment:
             self.trace.nonfinite += int(broken.sum())
             self._spoiled.update(index[broken.to(index.device)].tolist())
         new: Tensor
-        if isinstance(part, AcrossSites) and carry is not None:
-            new, left = part.leave(rows, coef.to(rows.device), carry)
-            self._carries[number, site, "output"] = left
+        if stage:
+            assert carry is not None
+            new, stage.left = stage.part.leave(rows, coef.to(rows.device), carry)
         elif isinstance(part, AcrossTokens):
             requests = self._requests.of(number, site, index.to(rows.device), rows.device)
             new = part.steer(rows, coef.to(rows.device), requests)
@@ -736,6 +749,15 @@ def require_selected(trace: Trace, edits: Sequence[Edit]) -> None:
 def _across(edit: Edit) -> dict[Site, AcrossSites]:
     """The maps of an edit that act across sites, lowest layer first."""
     return {site: p for site, p in edit.interventions.items() if isinstance(p, AcrossSites)}
+
+
+def _stages(number: int, edit: Edit) -> dict[Site, _Stage]:
+    """The same in the order in which they hand their carries on."""
+    found: dict[Site, _Stage] = {}
+    below = None
+    for site, part in _across(edit).items():
+        found[site] = below = _Stage(number, part, below)
+    return found
 
 
 def _taken(flat: Tensor, index: Tensor) -> Tensor:
