@@ -70,7 +70,7 @@ class Table:
         sound: whether rows may be taken all alike, as far as this pass has come.
         climbing: the carries of ``rows`` while they are. made: what ``settle`` has to count: the
             number of a site, rows before and after.
-        holds: what the buffers were filled with.
+        holds: what the buffers were filled with. strengths: of ``rows``, to which maps are bound.
     """
 
     coef: Tensor
@@ -87,6 +87,7 @@ class Table:
     climbing: Tensor | None = None
     made: list[tuple[int, Tensor, Tensor]] = field(default_factory=list)
     holds: object = None
+    strengths: object = None
     filled: int = 0
 
     def doubt(self) -> None:
@@ -496,7 +497,7 @@ class Ragged:
     ) -> bool:
         """Write one table; rows of the pass before that are not steered any more become 0.
 
-        Returns whether it had to be: a pass of decoding mostly is like the one before.
+        A pass of decoding mostly is like the one before. Returns whether the strengths are others.
         """
         if not (runs or windows or table.filled):
             table.rows = None
@@ -527,7 +528,9 @@ class Ragged:
             table.source[table.index] = self._spread([run.source for run in runs], counts)
             share = torch.tensor([run.share for run in runs])
             table.share[table.index] = share.repeat_interleave(torch.tensor(counts)).to(self.device)
-        return True
+        strengths = [(run.rows, run.coef) for run in runs]
+        changed, table.strengths = strengths != table.strengths, strengths
+        return changed
 
     def _span(self, index: Tensor, runs: Sequence[_Run]) -> Tensor | slice | None:
         """The rows of runs, as a slice where they are neighbours."""
