@@ -263,6 +263,7 @@ def fit_concepts(
     *,
     site: Site | None = None,
     longest: int = 128,
+    half: bool = False,
     checkpoint: str | Path | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -274,6 +275,7 @@ def fit_concepts(
         concepts: its training part is learnt, its validation part stops the training.
         method: one that needs concepts. site: a block's output; default: two thirds up.
         longest: tokens of a response that count.
+        half: multiply by the frozen blocks above the site in bfloat16; the map stays in float32.
         checkpoint: a file that an interrupted training goes on from; it is left when it ends.
         **fields: of the method.
 
@@ -291,6 +293,7 @@ def fit_concepts(
         concepts,
         where,
         longest=longest,
+        half=half,
         checkpoint=None if checkpoint is None else Path(checkpoint),
         progress=progress,
     )
@@ -301,9 +304,11 @@ def fit_concepts(
         "concepts": list(concepts.named("train")),
         "responses": {part: len(concepts.part(part)) for part in ("train", "validation", "test")},
         "longest": longest,
+        "half": half,
         "seed": seed,
         "fit_seconds": round(time.perf_counter() - started, 3),
         "torch": torch.__version__,
+        "course": run.course,
         "diagnostics": steerer.learnt(run, fitted),
     }
     return Steering(

@@ -90,6 +90,7 @@ class Attachment:
         trace: one that several attachments share; the caller then calls ``require_selected``.
         contexts: per site the context ``[sequences, d]`` of edits that read the prompt, where the
             passes to come do not hold it; otherwise it is found as the prompt goes by.
+        encode: who encodes the texts that requests are told; default: the model.
 
     Raises:
         NothingSteeredError: on leaving, when no token was in any edit's scope, or none of those to
@@ -107,6 +108,7 @@ class Attachment:
         displacement: list[float] | None = None,
         trace: Trace | None = None,
         contexts: Mapping[Site, Tensor] | None = None,
+        encode: Encode | None = None,
     ) -> None:
         self._displacement = displacement
         if isinstance(model, LanguageModel):
@@ -129,7 +131,8 @@ class Attachment:
         self._sound = False
         self._handed: list[Tensor | None] = []
         self._requests = _Requests(self._edits)
-        self._encode = model.states if isinstance(model, LanguageModel) else None
+        own = model.states if isinstance(model, LanguageModel) else None
+        self._encode = encode or own
         # Of the pass: its positions, and how often a site left each of its tokens alone.
         self._at = torch.empty(0, 0)
         self._spoiled: Counter[int] = Counter()

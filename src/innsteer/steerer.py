@@ -467,6 +467,7 @@ class ConceptRun(Protocol):
     unmoved: tuple[int, ...]
     checkpoint: Path | None
     progress: Callable[[str, int, int], None]
+    course: dict[str, Any]
 
     @property
     def width(self) -> int:

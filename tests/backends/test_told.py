@@ -52,6 +52,57 @@ def test_told_is_what_the_engine_scores(model, layer):
         assert found.tolist() == pytest.approx(want, abs=2e-5)
 
 
+def test_a_concept_is_encoded_once(model, monkeypatch):
+    run, maps = Told(HF(model), TABLE, Site(1)), recall(model)
+    asked, own = [], type(model).states
+    monkeypatch.setattr(
+        type(model), "states", lambda s, text, n: asked.append(text) or own(s, text, n)
+    )
+    for _ in range(2):
+        run.told(maps, [0, 1, 5], [1.0, 1.0, 1.0])
+    assert sorted(asked) == ["brave", "quite shy"]
+    assert torch.equal(run.encode("brave", 1), own(model, "brave", 1))
+
+
+def test_only_response_tokens_meet_the_vocabulary(model):
+    run, rows = Told(HF(model), TABLE, Site(1)), []
+    head = model.model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda _, given, out: rows.append(out.shape[:-1].numel()))
+    run.told(None, [0, 1, 5], [1.0] * 3)
+    handle.remove()
+    # Lengths differ, so that a padded batch would have more; what follows meets all its tokens.
+    assert rows == [sum(len(run._rows[n].ids) - run._rows[n].prompt for n in (0, 1, 5))]
+    ids = torch.tensor([[5, 6, 7]])
+    assert model.model(ids).logits.shape[:2] == (1, 3)
+
+
+def test_half_is_bfloat16_above_the_map_and_no_training_of_the_other(model):
+    full, low = (Told(HF(model), TABLE, Site(0), half=half) for half in (False, True))
+    assert full.digest != low.digest
+    seen, passes, found, maps = [], [], [], recall(model, Site(0))
+    handles = [
+        block.module.register_forward_hook(
+            lambda module, given, out: seen.append(torch.is_autocast_enabled("cpu"))
+        )
+        for block in model.layout.blocks
+    ]
+    for run in (full, low):
+        with torch.no_grad():
+            run.told(maps, [0, 1], [1.0, 1.0])  # what enters the site is kept from here on
+            count = len(seen)
+            found.append(run.told(maps, [0, 1], [1.0, 1.0]))
+            passes.append(seen[count:])
+            seen.clear()
+    for handle in handles:
+        handle.remove()
+    above = len(model.layout.blocks) - 1
+    # A hook that was there first runs first: the site's own is before the change.
+    assert passes == [[False] * (above + 1), [False] + [True] * above]
+    assert not torch.is_autocast_enabled("cpu")
+    gap = (found[0] - found[1]).abs().max()
+    assert 0 < gap < 0.05
+
+
 def test_the_plain_model_is_told_nothing(model):
     backend = HF(model)
     run = Told(backend, TABLE, Site(1))
@@ -73,7 +124,8 @@ def test_what_enters_the_site_is_made_once_or_again(model, monkeypatch):
         fresh, before = Told(HF(model), TABLE, Site(1)), len(passes)
         for _ in range(2):
             assert torch.equal(fresh.told(maps, [0, 1], [1.0, 1.0]), first)
-    assert len(passes) - before == 2 * (once + 1)
+    assert once == 1
+    assert len(passes) - before == 2 * (once + 1) + 1, "and the concept, encoded once"
 
 
 def test_the_gradient_reaches_the_map_alone():

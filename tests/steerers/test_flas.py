@@ -490,6 +490,10 @@ def test_a_field_learns_what_its_concepts_say(learnt, llama):
     assert told["concept"] > told["plain"] + 2, "the loss has not fallen"
     assert told["concept"] > told["other"] + 1, "the concept's text does not matter"
     assert told["usable_from"] <= 1 <= told["usable_to"]
+    course = learnt.provenance["course"]
+    assert course["steps"] == [0, 10, 20, 30, 40, 50, 60] and course["gradients"] == 240
+    best = min(course["held_out"])
+    assert course["held_out"][course["kept"] // 10] == best < course["held_out"][0] - 2
     prompts = [Prompt(c, "Q9?") for c in SAID]
     edit = learnt.edit(1.0, parameters=[{"concept": c} for c in SAID])
     for (_, text), answer in zip(SAID.items(), HF(llama).generate(prompts, [edit]), strict=True):

@@ -6,13 +6,14 @@ plain hidden states that enter it, which are computed once per response.
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from innsteer.backends.base import Progress, silent
 from innsteer.backends.blocks import copy_block
@@ -38,7 +39,11 @@ class Told:
         concepts: the table; items go by number, in its order.
         site: the block's output that is steered.
         longest: tokens of a response that count, at most; prompts are kept whole.
+        half: multiply by the frozen blocks above the site in bfloat16; the map stays in float32.
         checkpoint: a file in which a training may keep its state; None: nowhere.
+
+    Attributes:
+        course: what the training did, by step; it says so itself.
 
     Raises:
         InputError: a site inside a block, a response without tokens, or no training row.
@@ -54,6 +59,7 @@ class Told:
         site: Site,
         *,
         longest: int = 128,
+        half: bool = False,
         checkpoint: Path | None = None,
         progress: Progress = silent,
     ) -> None:
@@ -66,9 +72,13 @@ class Told:
         self._rows = [self._encode(row.prompt, row.response, longest) for row in concepts.rows]
         if not self.items():
             raise InputError("a table without training rows", expected="at least one")
+        self._encoded: dict[tuple[str, int], Tensor] = {}
+        self._half = half
         self._entering: dict[int, Tensor] = {}
         self._kept = 0
         self._tuple = False
+
+        self.course: dict[str, Any] = {}
 
     # --- what a fit asks -------------------------------------------------------------------------
 
@@ -76,7 +86,8 @@ class Told:
     def digest(self) -> str:
         """All that a loss depends on but the map: table, model, site and what is cut off."""
         told = [self.table.hash, asdict(self._model.fingerprint), str(self.sites[0])]
-        return hashlib.sha256(canonical([*told, self._longest])).hexdigest()
+        told += [self._longest, *(["bfloat16"] if self._half else [])]
+        return hashlib.sha256(canonical(told)).hexdigest()
 
     @property
     def width(self) -> int:
@@ -92,8 +103,14 @@ class Told:
         return self.table.rows[item].concept
 
     def encode(self, text: str, blocks: int) -> Tensor:
-        """Hidden states ``[n, d]`` of a text after so many of the plain model's first blocks."""
-        return self._model.states(text, blocks)
+        """Hidden states ``[n, d]`` of a text after so many of the plain model's first blocks.
+
+        Each is made once: a training asks for the same few hundred texts thousands of times.
+        """
+        if (text, blocks) not in self._encoded:
+            with torch.no_grad():
+                self._encoded[text, blocks] = self._model.states(text, blocks)
+        return self._encoded[text, blocks]
 
     def block(self, layer: int) -> BlockCopy:
         """A copy of a block's weights and numbers."""
@@ -129,8 +146,7 @@ class Told:
                 coef = torch.tensor([[float(strengths[place])] for place in part])
                 texts = tuple({"concept": given[place]} for place in part)
                 edit = Edit(interventions, coef, Where("all"), texts)
-            for place, value in zip(part, self._run(rows, edit), strict=True):
-                found[place] = value
+            found |= zip(part, self._run(rows, edit).unbind(), strict=True)
         return torch.stack([found[place] for place in range(len(items))])
 
     # --- one pass --------------------------------------------------------------------------------
@@ -147,8 +163,8 @@ class Told:
         lengths = [len(self._rows[n].ids) for n in items]
         return self._backend._batches(lengths, silent, "told")
 
-    def _run(self, items: Sequence[int], edit: Edit | None) -> list[Tensor]:
-        """Mean log-probabilities of some items' responses, in one pass above the site."""
+    def _run(self, items: Sequence[int], edit: Edit | None) -> Tensor:
+        """Mean log-probabilities ``[items]`` of responses, in one pass above the site."""
         rows = [self._rows[n] for n in items]
         ids, mask = self._backend._pad([row.ids[:-1] for row in rows], side="left")
         entering = self._plain(items)
@@ -156,17 +172,41 @@ class Told:
         for row, h in enumerate(entering):
             hidden[row, ids.shape[1] - len(h) :] = h
         blocks = self._model.layout.blocks[: self._cut + 1]
-        longest = max(len(row.ids) - row.prompt for row in rows)
-        # Attached first: what a request says is encoded by blocks that still run.
-        attached = nullcontext() if edit is None else Attachment(self._model, [edit])
-        with attached, replay(blocks, (hidden,) if self._tuple else hidden):
+        counts = [len(row.ids) - row.prompt for row in rows]
+        longest = max(counts)
+        said = torch.arange(longest) >= longest - torch.tensor(counts).unsqueeze(-1)
+        answers = torch.tensor([t for row in rows for t in row.ids[row.prompt :]])
+        with ExitStack() as stack:
+            # Attached first: what a request says is encoded by blocks that still run.
+            if edit is not None:
+                stack.enter_context(Attachment(self._model, [edit], encode=self.encode))
+            stack.enter_context(replay(blocks, (hidden,) if self._tuple else hidden))
+            stack.enter_context(self._only(said.to(ids.device)))
+            if self._half:
+                # From the site on, for the map itself is float32: its hook comes before this one.
+                low = torch.autocast(ids.device.type, torch.bfloat16)
+                site = blocks[-1].module
+                enter = site.register_forward_hook(lambda *_: stack.enter_context(low) and None)
+                stack.callback(enter.remove)
             logits = self._backend._logits(ids, mask, longest).float()
-        found = []
-        for row, encoded in enumerate(rows):
-            answer = torch.tensor(encoded.ids[encoded.prompt :], device=logits.device)
-            own = logits[row, longest - len(answer) :].log_softmax(-1)
-            found.append(own.gather(-1, answer.unsqueeze(-1)).mean())
-        return found
+        nats = nn.functional.cross_entropy(
+            logits.squeeze(0), answers.to(logits.device), reduction="none"
+        )
+        return torch.stack([-part.mean() for part in nats.split(counts)])
+
+    @contextmanager
+    def _only(self, said: Tensor) -> Iterator[None]:
+        """Logits of the marked places of ``[items, columns]`` alone, as one sequence of them all.
+
+        No row of padding is multiplied with the vocabulary, and the others in one product: of a
+        slice of a batch it would be one for each item, which takes half as long again.
+        """
+        head = self._model.model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _, given: (given[0][said].unsqueeze(0),))
+        try:
+            yield
+        finally:
+            handle.remove()
 
     @torch.no_grad()
     def _plain(self, items: Sequence[int]) -> list[Tensor]:

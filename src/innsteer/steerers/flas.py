@@ -108,12 +108,13 @@ class Attention(nn.Module):
         q, k, v = (_split(x, self.head).transpose(1, 2) for x in (queries, keys, values))
         group = q.shape[1] // k.shape[1]
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
-        logits = q @ k.mT * numbers.scale
+        q, shown = q * numbers.scale, mask.unsqueeze(1)
         if self.capped:
-            logits = numbers.cap * torch.tanh(logits / numbers.cap)
-        share = logits.masked_fill(~mask.unsqueeze(1), -torch.inf).softmax(-1)
-        drawn: Tensor = (share @ v).transpose(1, 2).flatten(-2)
-        return drawn
+            logits = numbers.cap * torch.tanh(q @ k.mT / numbers.cap)
+            drawn = logits.masked_fill(~shown, -torch.inf).softmax(-1) @ v
+        else:
+            drawn = nn.functional.scaled_dot_product_attention(q, k, v, shown, scale=1.0)
+        return drawn.transpose(1, 2).flatten(-2)
 
 
 class Numbers(NamedTuple):
@@ -502,7 +503,7 @@ class FLAS(Steerer):
         field = Learner(run.width, shape_of(block), **how)
         field.start(block, run.unit, torch.Generator().manual_seed(seed))
         maps = Interventions({site: field})
-        train_through(
+        course = train_through(
             run,
             maps,
             loss=self._loss(field, seed),
@@ -520,6 +521,7 @@ class FLAS(Steerer):
             about={name: value for name, value in asdict(self).items() if name != "patience"},
             seed=seed,
         )
+        run.course = vars(course)
         return Interventions({site: settled(field)})
 
     def _loss(self, field: Learner, seed: int) -> Loss:
