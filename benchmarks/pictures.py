@@ -184,7 +184,42 @@ def interference() -> go.Figure:
     return whole.update_layout(width=500 * count, font_size=13)
 
 
-PICTURES = {one.__name__: one for one in (control, race, ablations, interference)}
+def flow() -> go.Figure:
+    """The field in 1, 3 and 10 Euler steps: how far from ten, how curved, and at what cost."""
+    found = {one["figure"]: one for one in read("flas.json")["figures"]}
+    panels = (
+        (" Euler steps, off 10, mean of responses", "off ten steps, nats per token"),
+        (" Euler steps, path over chord", "length of the path over its chord"),
+        ("CPU time per decoded token, ", "CPU time per token over plain"),
+    )
+    figure = go.Figure()
+    steps = ["1", "3", "10"]
+    layout: dict[str, Any] = {"grid": {"rows": 1, "columns": 3, "pattern": "independent"}}
+    for place, (words, title) in enumerate(panels, 1):
+        own = [
+            next(
+                one
+                for name, one in found.items()
+                if words in name and (name.startswith(f"{n} ") or f" {n} Euler" in name)
+            )
+            for n in steps
+        ]
+        figure.add_scatter(
+            x=steps, y=[one["value"] for one in own], xaxis=f"x{place}", yaxis=f"y{place}",
+            mode="lines+markers", marker={"color": BLUE, "size": 11}, showlegend=False,
+            error_y={
+                "symmetric": False, "color": MUTED,
+                "array": [one["high"] - one["value"] for one in own],
+                "arrayminus": [one["value"] - one["low"] for one in own],
+            },
+        )  # fmt: skip
+        layout[f"xaxis{place}"] = {"title": "Euler steps", "type": "category"}
+        layout[f"yaxis{place}"] = {"title": title}
+    figure.update_layout(layout)
+    return styled(figure, "A learnt flow in 1, 3 and 10 steps", 460)
+
+
+PICTURES = {one.__name__: one for one in (control, race, ablations, interference, flow)}
 
 
 def photograph(figure: go.Figure, name: str, html: bool) -> None:
@@ -211,7 +246,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", default=",".join(PICTURES))
+    ready = [name for name in PICTURES if name != "flow" or (HERE / "results/flas.json").exists()]
+    parser.add_argument("--only", default=",".join(ready))
     parser.add_argument("--html", action="store_true")
     given = parser.parse_args()
     for name in given.only.split(","):

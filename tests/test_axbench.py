@@ -438,6 +438,30 @@ def test_a_judge_behind_an_endpoint_from_end_to_end(verb, served, tmp_path):
     assert code == 0 and json.loads(out)["concepts"] == ["about ships"]
 
 
+def test_methods_fitted_for_each_concept_stand_beside_the_field(verb, served, tmp_path):
+    url, _ = served
+    rows = [
+        {"concept": c, "prompt": f"Q{n}?", "response": c[0] * (4 + n), "split": part}
+        for c in CONCEPTS
+        for n, part in enumerate(("train",) * 3 + ("validation",) * 2)
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ("--by", url, "--cache", "kept", "--data", "rows.jsonl", "--also", "diffmean,reft_r1")
+    code, out, err = verb(*words, "--out", "a.json")
+    assert code == 0, err
+    told = json.loads((tmp_path / "a.json").read_text())
+    assert set(told["unparsed_by"]) == {"unsteered", "prompt-only", "flas", "diffmean", "reft_r1"}
+    assert told["chosen"]["diffmean"].keys() == set(CONCEPTS)
+    assert set(told["chosen"]["diffmean"].values()) <= {0.5, 1.0}
+    scored = [r for r in told["answers"] if r["half"] == "scored" and r["arm"] == "reft_r1"]
+    assert {(r["concept"], r["factor"]) for r in scored} == set(told["chosen"]["reft_r1"].items())
+    assert told["unparsed_by"]["diffmean"]["instruction"] >= 2
+    read = [one for one in told["figures"] if one["metric"] == "auroc"]
+    assert [one["arm"] for one in read] == ["diffmean", "reft_r1"] == list(told["detection"])
+    assert all(set(by) == set(CONCEPTS) for by in told["detection"].values())
+    assert "flas has no read-out" in out and "diffmean detects with AUROC" in out
+
+
 def test_the_stand_in_is_called_one_in_every_output(verb, tmp_path):
     code, out, err = verb("--by", "stand-in", "--out", "a.json")
     assert code == 0, err
@@ -480,6 +504,8 @@ def test_an_interrupted_run_goes_on(verb, tmp_path, monkeypatch):
         (("--by", "stand-in", "--out", "x.json", "--factors", "1,b"), "'1,b'"),
         (("--by", "stand-in", "--out", "x.json", "--factors", "1,1"), "distinct finite"),
         (("--by", "stand-in", "--out", "x.json", "--each", "13"), "13 prompts of 12"),
+        (("--by", "stand-in", "--out", "x.json", "--also", "diffmean"), "with --data None"),
+        (("--by", "stand-in", "--out", "x.json", "--data", "asked.jsonl"), "--also ''"),
     ],
 )
 def test_what_the_verb_cannot_take_is_refused(verb, tmp_path, words, said):

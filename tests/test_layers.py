@@ -14,7 +14,8 @@ ROOMS = """
     fingerprint layout smollm2 models flows shelf steerer setpoints readouts interventions gating
     shears training batches hooks steerers calibration steering backends metrics suites fitting
     planning tuning choosing exchange hub interference figures statistics pages linearity standings
-    report judging distilling evaluation axbench comparing integrations demo doctor completing cli
+    report judging distilling detecting evaluation axbench comparing integrations demo doctor
+    completing cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 

@@ -329,6 +329,21 @@ def told(steering: Steering, factors: Sequence[float] = FACTORS, name: str = "")
     )
 
 
+def fitted(
+    name: str, steerings: Mapping[str, Steering], factors: Sequence[float] = FACTORS
+) -> Contender:
+    """A steering of its own for each concept; see ``detecting.fit_each``.
+
+    Raises:
+        InputError: factors that are none.
+    """
+    return Contender(
+        name,
+        tuple(factors),
+        lambda concept, factor: Arm(name, steerings[concept].edit(factor), factor),
+    )
+
+
 def read_prompts(path: str | Path) -> tuple[Prompt, ...]:
     """Instructions from a table: a column ``prompt``, ``input`` or ``instruction``, each once.
 

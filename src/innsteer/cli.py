@@ -850,6 +850,13 @@ def axbench(
     unseen: Annotated[
         bool, typer.Option("--unseen", help="Leave out concepts that the steering learnt from.")
     ] = False,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Responses that show the concepts: a table, or a folder of AxBench's."),
+    ] = None,
+    also: Annotated[
+        str, typer.Option(help="Methods fitted on --data for each concept: diffmean,reft_r1.")
+    ] = "",
     tokens: Annotated[int, typer.Option("--tokens", "-n", min=1, help="New tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 = greedy.")] = 1.0,
     cache: Annotated[
@@ -865,9 +872,17 @@ def axbench(
         tried = tuple(float(part) for part in factors.split(",") if part.strip())
     except ValueError:
         raise InputError(f"--factors {factors!r}", expected="numbers: 0.5,1,2") from None
+    named = tuple(dict.fromkeys(part.strip() for part in also.split(",") if part.strip()))
+    if bool(named) != bool(data):
+        raise InputError(
+            f"--also {also!r} with --data {data}",
+            expected="both: methods for each concept, and responses to fit them on",
+        )
     from innsteer import axbench as protocol
+    from innsteer import detecting
     from innsteer.backends.base import Sampling
     from innsteer.backends.hf import HF
+    from innsteer.concepts import Concepts
     from innsteer.distilling import read_concepts
     from innsteer.judging import Endpoint
     from innsteer.smollm2 import cache_folder
@@ -887,8 +902,15 @@ def axbench(
         )
     arms = [protocol.unsteered(), protocol.prompting(), protocol.told(fitted, tried)]
     asked = None if prompts is None else protocol.read_prompts(prompts)
+    table = None if data is None else Concepts.load(data, unseen=0.0)
     with Bars(as_json) as progress, _memo(file) as memo:
         backend = HF(_base(fitted, model), memo=memo)
+        apart = {}
+        for method in named if table is not None else ():
+            (site,) = fitted.interventions
+            how: dict[str, Any] = {"site": site, "seed": seed, "progress": progress}
+            apart[method] = detecting.fit_each(backend, table, wanted, method, **how)
+            arms.append(protocol.fitted(method, apart[method], tried))
         judge: protocol.Judging = protocol.StandIn(backend)
         if endpoint is not None:
             judge = protocol.ByEndpoint(endpoint, jobs)
@@ -902,6 +924,10 @@ def axbench(
             sampling=Sampling(tokens, temperature, seed),
             progress=progress,
         )
+        if table is not None:
+            read, single = detecting.detection(backend, table, wanted, apart, progress=progress)
+            found["figures"] += [vars(one) for one in read]
+            found["detection"] = single
         found["learnt"] = [one for one in wanted if one in learnt]
         found["identity"] = fitted.identity
         write_json(file, found)
@@ -916,6 +942,16 @@ def axbench(
         "{arm} less {against}: {value:+.3f} ({low:+.3f} to {high:+.3f})\n".format(**one)
         for one in gaps
     )
+    if table is not None:
+        heard = {one["arm"]: one for one in found["figures"] if one["metric"] == "auroc"}
+        text += "".join(
+            "{arm} detects with AUROC {value:.3f} ({low:.3f} to {high:.3f})\n".format(
+                **heard[arm.name]
+            )
+            if arm.name in heard
+            else f"{arm.name} has no read-out\n"
+            for arm in arms[2:]
+        )
     text += (
         f"{found['label']}\n{len(wanted) - len(found['left_out'])} concepts, "
         f"{len(found['learnt'])} of {len(wanted)} learnt from -> {file}"

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from innsteer.errors import InputError
 from innsteer.flows import Flow, Shear, Step, Subspace
-from innsteer.site import Where
+from innsteer.site import Site, Where
 from innsteer.steerer import Intervention, Interventions
 from innsteer.tokens import Parameters
 
@@ -37,6 +37,11 @@ class Shift(Intervention):
     def displacement(self, h: Tensor, coef: Tensor) -> Tensor:
         """coef @ shifts."""
         return coef @ self.shifts.to(h.dtype)
+
+
+def shifts(fitted: Interventions) -> dict[Site, Tensor]:
+    """The vectors ``[k, d]`` by site of maps that are shifts."""
+    return {site: part.shifts for site, part in fitted.items() if isinstance(part, Shift)}
 
 
 class Affine(Intervention):

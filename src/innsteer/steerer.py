@@ -664,6 +664,13 @@ class Steerer(ABC):
             remedy="fit all behaviours together: innsteer fit ONE TWO",
         )
 
+    def detectors(self, fitted: Interventions) -> dict[Site, Tensor]:
+        """Directions ``[k, d]`` by site: h . v says how much a token shows each behaviour.
+
+        What a method reads by when it is asked to detect, not to steer; {}: it has no read-out.
+        """
+        return {}
+
     def diagnose(self, acts: Activations, fitted: Interventions) -> dict[str, float]:
         """Figures on the fitted map's health, for reports; none unless the method has some."""
         return {}

@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import Tensor
+
 from innsteer.activations import Activations
-from innsteer.interventions import Shift
+from innsteer.interventions import Shift, shifts
 from innsteer.site import Site
 from innsteer.steerer import Interventions, Steerer, side_means
 
@@ -55,3 +57,7 @@ class DiffMean(Steerer):
                 source, target = side_means(train, site, behaviour)
                 shift.shifts[row] = target - source
         return fitted
+
+    def detectors(self, fitted: Interventions) -> dict[Site, Tensor]:
+        """The differences of means themselves."""
+        return shifts(fitted)

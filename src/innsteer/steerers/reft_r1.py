@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from innsteer.activations import Activations
 from innsteer.batches import rows_by_weight
-from innsteer.interventions import Shift
+from innsteer.interventions import Shift, shifts
 from innsteer.site import Site
 from innsteer.steerer import Intervention, Interventions, Runner, Steerer
 from innsteer.steerers.ssv import on_rows
@@ -124,6 +124,10 @@ class ReFTr1(Steerer):
         maps = self._start(run.rows(), seed)
         train_through(run, maps, loss=self._loss, unmoved=0.0, seed=seed, **settings(self))
         return self._settled(run, maps)
+
+    def detectors(self, fitted: Interventions) -> dict[Site, Tensor]:
+        """v, as long as what is added: training made its own latents h . v."""
+        return shifts(fitted)
 
     def _start(self, acts: Activations, seed: int) -> Interventions:
         """A random direction per behaviour and site, on the side where rows are."""
