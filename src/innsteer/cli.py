@@ -905,12 +905,13 @@ def axbench(
     table = None if data is None else Concepts.load(data, unseen=0.0)
     with Bars(as_json) as progress, _memo(file) as memo:
         backend = HF(_base(fitted, model), memo=memo)
-        apart = {}
-        for method in named if table is not None else ():
+        apart: dict[str, dict[str, Steering]] = {}
+        if table is not None:
             (site,) = fitted.interventions
             how: dict[str, Any] = {"site": site, "seed": seed, "progress": progress}
-            apart[method] = detecting.fit_each(backend, table, wanted, method, **how)
-            arms.append(protocol.fitted(method, apart[method], tried))
+            for method in named:
+                apart[method] = detecting.fit_each(backend, table, wanted, method, **how)
+                arms.append(protocol.fitted(method, apart[method], tried))
         judge: protocol.Judging = protocol.StandIn(backend)
         if endpoint is not None:
             judge = protocol.ByEndpoint(endpoint, jobs)
