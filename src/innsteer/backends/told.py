@@ -85,7 +85,8 @@ class Told:
     @property
     def digest(self) -> str:
         """All that a loss depends on but the map: table, model, site and what is cut off."""
-        told = [self.table.hash, asdict(self._model.fingerprint), str(self.sites[0])]
+        model, site = asdict(self._model.fingerprint), str(self.sites[0])
+        told: list[Any] = [self.table.hash, model, site]
         told += [self._longest, *(["bfloat16"] if self._half else [])]
         return hashlib.sha256(canonical(told)).hexdigest()
 
@@ -192,7 +193,7 @@ class Told:
         nats = nn.functional.cross_entropy(
             logits.squeeze(0), answers.to(logits.device), reduction="none"
         )
-        return torch.stack([-part.mean() for part in nats.split(counts)])
+        return torch.stack([-part.mean() for part in torch.split(nats, counts)])
 
     @contextmanager
     def _only(self, said: Tensor) -> Iterator[None]:
