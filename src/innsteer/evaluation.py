@@ -489,8 +489,8 @@ class _Run:
         reference = self.backend.forced([prompt])
         moved: list[float] = []
         sites = list(arm.edits[0].interventions)
-        meter = self.backend.meter(reference, sites, divergence=False)
-        meter(arm.edits, displacement=moved)
+        # With the divergence: without, an answer's last token, which predicts nothing, is not run.
+        self.backend.meter(reference, sites)(arm.edits, displacement=moved)
         ids, start = reference.ids[0], reference.lengths[0]
         (edit,) = arm.edits
         # One number per site and token in scope; several sites: the mean over them.
