@@ -397,7 +397,7 @@ def served(monkeypatch):
 @pytest.fixture
 def verb(tmp_path, monkeypatch, capsys, llama, steering):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_load", lambda _: llama)
+    monkeypatch.setattr(cli.options, "open_model", lambda _: llama)
     steering.save(tmp_path / "field")
     (tmp_path / "list.txt").write_text("\n".join(CONCEPTS))
     rows = [json.dumps({"prompt": one.conversation}) for one in PROMPTS]

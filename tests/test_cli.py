@@ -401,7 +401,7 @@ BAD = {
     "no such verb": (["fti"], "No such command 'fti'"),
     "a bogus verb": (
         ["bogus"],
-        "record, fit, plan, concepts, extend, tune, generate, chat, eval, compare, bench, judge",
+        "record, fit, plan, concepts, extend, tune, generate, chat, serve, eval, compare, bench",
     ),
     "no argument": (["fit", "--out", "x"], "Missing argument"),
     "no out": (["fit", "mine.jsonl"], "--out"),
@@ -509,7 +509,9 @@ def test_a_folder_that_exists_is_refused_before_any_work(run, fitted, monkeypatc
         raise AssertionError("work was begun")
 
     for home, name in (
-        (cli, "_load"),
+        (cli.fit, "open_model"),
+        (cli.measure, "open_model"),
+        (cli.options, "open_model"),
         (Contrast, "load"),
         (Steering, "load"),
         (demo, "load_model"),
@@ -519,7 +521,7 @@ def test_a_folder_that_exists_is_refused_before_any_work(run, fitted, monkeypatc
 
 
 def test_a_folder_that_cannot_be_made_is_refused_before_any_work(run, monkeypatch):
-    monkeypatch.setattr(cli, "_load", None)
+    monkeypatch.setattr(cli.fit, "open_model", None)
     refused(run("record", "mine.jsonl", "-o", "mine.jsonl/rows"), 2, "cannot write to")
 
 
@@ -946,7 +948,7 @@ def say(monkeypatch, *lines):
         except StopIteration:
             raise EOFError from None
 
-    monkeypatch.setattr(cli.out, "input", ask)
+    monkeypatch.setattr(cli.use.out, "input", ask)
 
 
 def test_chat_answers_on_both_sides_and_remembers_each(run, fitted, monkeypatch):

@@ -120,7 +120,7 @@ def test_concepts_are_read_from_lines_and_tables(tmp_path):
 def test_the_verb_writes_a_table_that_fit_takes(tmp_path, monkeypatch, capsys):
     model = tiny.tiny_language_model()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "_load", lambda _: model)
+    monkeypatch.setattr(cli.fit, "open_model", lambda _: model)
     (tmp_path / "list.txt").write_text("\n".join(CONCEPTS))
 
     def run(*words):

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from innsteer import cli, suites
+from innsteer import suites
 from innsteer.backends.base import Completion
+from innsteer.cli import options
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError, LeakError, UnknownName
 from innsteer.suites import behaviour
@@ -73,12 +74,12 @@ def test_all_of_it_may_be_one_part(persona):
 
 def test_the_command_line_reads_it_by_the_same_words(persona):
     words = ",".join(f"{name}={size}" for name, size in SIZES.items())
-    found = cli._contrast(f"{persona},suite=persona,{words}")
+    found = options.open_contrast(f"{persona},suite=persona,{words}")
     assert found == suites.read("persona", persona, **SIZES)
     with pytest.raises(UnknownName, match="expected one of wording"):
-        cli._contrast(f"{persona},suite=persona,label=1")
+        options.open_contrast(f"{persona},suite=persona,label=1")
     with pytest.raises(UnknownName, match="way to read data"):
-        cli._contrast(f"{persona},wording=second")
+        options.open_contrast(f"{persona},wording=second")
 
 
 def test_a_benchmark_says_what_is_asked_in_place_of_the_items_questions():

@@ -1,0 +1,5 @@
+"""``python -m innsteer.cli``."""
+
+from innsteer.cli import main
+
+main()
