@@ -662,7 +662,7 @@ def keep(path: Path, found: Any) -> None:
 
 
 def boot(groups: Sequence[Sequence[float]], seed: int = 0) -> tuple[float, float, float]:
-    """Mean with a 95 % interval: behaviours first, then items within."""
+    """Mean with a 95 % interval: behaviours first, then items (of all seeds) within."""
     rng = np.random.default_rng(seed)
     parts = [np.asarray(group) for group in groups]
     draws = []
@@ -759,22 +759,48 @@ def summarise(wanted: Sequence[str]) -> None:
     print(f"{RESULTS}: {len(figures)} figures of {len(found)} cells, {len(missing)} not run")
 
 
+def pooled(cells: Mapping[str, Any], values: Callable[[Any], Sequence[float]]) -> list[list[float]]:
+    """Values of each behaviour, its seeds together."""
+    found: dict[str, list[float]] = {}
+    for name, cell in cells.items():
+        found.setdefault(name.split("/")[0], []).extend(values(cell))
+    return list(found.values())
+
+
 def _of_wording(wording: str, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Figures of one wording: the ceiling, every arm, and INNSteer less every rival."""
     figures = []
     n = sum(len(cell["cell"]["items"]["match"]) for cell in mine.values())
+
+    def known(place: str, what: str) -> list[list[float]]:
+        return pooled(mine, lambda cell: [cell["cell"][place][what]])
+
     for place in ("row", "prompt"):
-        tops = [[cell["cell"][place]["ceiling"]] for cell in mine.values()]
         bar = ">= 0.95" if place == "prompt" else ""
+        tops = known(place, "ceiling")
         figures.append(figure(f"{wording}: ceiling, {place}", tops, bar, "accuracy", n))
         for kind in ("lda", "logistic", "mahalanobis"):
-            seen = [[cell["cell"][place][f"{kind}_auroc"]] for cell in mine.values()]
+            seen = known(place, f"{kind}_auroc")
             figures.append(figure(f"{wording}: AUROC of {kind}, {place}", seen, "", "AUROC", n))
-    base = [shares(cell["cell"]).tolist() for cell in mine.values()]
+    base = pooled(mine, lambda cell: shares(cell["cell"]).tolist())
     figures.append(figure(f"{wording}: unsteered, alignment", base, "", "probability", n))
     for arm in ARMS:
         if having := {name: cell for name, cell in mine.items() if arm in cell}:
             figures += _of_arm(wording, arm, having)
+            figures += _of_seeds(wording, arm, having)
+    return figures
+
+
+def _of_seeds(wording: str, arm: str, mine: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """How far seeds part, for behaviours that have several: the largest less the smallest."""
+    figures = []
+    for side in ("towards", "away"):
+        by_seed = pooled(mine, lambda cell, side=side: [cell[arm][f"both_{side}"]["alignment"]])
+        spans = [[max(values) - min(values)] for values in by_seed if len(values) > 1]
+        if spans:
+            name = f"{wording}: {arm}, both, {side}, range over seeds"
+            count = sum(len(values) for values in by_seed if len(values) > 1)
+            figures.append(figure(name, spans, "", "probability", count))
     return figures
 
 
@@ -785,14 +811,22 @@ def _gained(
     asked, mark, _ = parsed(wording)
     figures = []
     for side, sign in (("towards", 1), ("away", -1)) if mark else ():
-        gaps, without = [], []
-        for name, cell in mine.items():
-            other = found.get(name.replace(f"/{wording}/", f"/{asked}/"))
-            if other and "innsteer" in other and "innsteer" in cell:
-                new, old = (one["innsteer"][f"both_{side}"]["transfer"] for one in (cell, other))
-                gaps.append([sign * (a - b) for a, b in zip(new, old, strict=True)])
-                without.append(old)
-        if gaps:
+        pairs = {
+            name: (other["innsteer"][f"both_{side}"], cell["innsteer"][f"both_{side}"])
+            for name, cell in mine.items()
+            if (other := found.get(name.replace(f"/{wording}/", f"/{asked}/")))
+            and "innsteer" in other
+            and "innsteer" in cell
+        }
+        if pairs:
+            without = pooled(pairs, lambda pair: pair[0]["transfer"])
+            gaps = pooled(
+                pairs,
+                lambda pair, sign=sign: [
+                    sign * (new - old)
+                    for old, new in zip(pair[0]["transfer"], pair[1]["transfer"], strict=True)
+                ],
+            )
             n = sum(map(len, gaps))
             name = f"{wording}: innsteer, both, {side}, held-out paraphrases"
             figures.append(figure(f"{name}, gained by paraphrases", gaps, "", "probability", n))
@@ -804,41 +838,42 @@ def _of_arm(wording: str, arm: str, mine: Mapping[str, Any]) -> list[dict[str, A
     """Figures of one arm over the cells that have it."""
     figures = []
     n = sum(len(cell["cell"]["items"]["match"]) for cell in mine.values())
-    tops = [[cell["cell"]["row"]["ceiling"]] for cell in mine.values()]
+    tops = pooled(mine, lambda cell: [cell["cell"]["row"]["ceiling"]])
     for budget, side in itertools.product(("neutral", "both"), ("towards", "away")):
         place = f"{budget}_{side}"
-        records = [cell[arm][place] for cell in mine.values()]
+        records = {key: cell[arm][place] for key, cell in mine.items()}
         name = f"{wording}: {arm}, {budget}, {side}"
-        ours = [shares(record).tolist() for record in records]
+        ours = pooled(records, lambda record: shares(record).tolist())
         figures.append(figure(f"{name}, alignment", ours, _bar(arm, side, tops), "probability", n))
         if arm == "innsteer" and budget == "both":
             bar = ">= 0.95" if side == "towards" else "<= 0.05"
             figures.append(figure(f"{name}, the ceiling raised", ours, bar, "probability", n))
         for part, bar in _costs(arm, budget).items():
-            values = [[record[part]] for record in records]
+            values = pooled(records, lambda record, part=part: [record[part]])
             figures.append(figure(f"{name}, {part}", values, bar, "nats", n))
-        values = [[record["mass"]] for record in records]
+        values = pooled(records, lambda record: [record["mass"]])
         figures.append(figure(f"{name}, answer mass", values, "", "probability", n))
-        values = [record["transfer"] for record in records]
+        values = pooled(records, lambda record: record["transfer"])
         bar = ">= 0.85" if arm == "innsteer" and side == "towards" else ""
         figures.append(figure(f"{name}, held-out paraphrases", values, bar, "probability", n))
-        both = [cell for cell in mine.values() if "innsteer" in cell]
+        both = {key: cell for key, cell in mine.items() if "innsteer" in cell}
         if arm != "innsteer" and both:
             sign = 1 if side == "towards" else -1
-            gap = [
-                (sign * (shares(cell["innsteer"][place]) - shares(cell[arm][place]))).tolist()
-                for cell in both
-            ]
+            gap = pooled(
+                both,
+                lambda cell, place=place, sign=sign: (
+                    sign * (shares(cell["innsteer"][place]) - shares(cell[arm][place]))
+                ).tolist(),
+            )
             figures.append(figure(f"{name}, innsteer ahead by", gap, ">= -0.01", "probability", n))
     for side in ("towards", "away"):
-        values = [
-            [cell[arm][f"said_{side}"]] for cell in mine.values() if f"said_{side}" in cell[arm]
-        ]
-        if values:
+        having = {key: cell for key, cell in mine.items() if f"said_{side}" in cell[arm]}
+        if having:
+            values = pooled(having, lambda cell, side=side: [cell[arm][f"said_{side}"]])
             bar = ">= 0.92" if arm == "innsteer" else ""
             name = f"{wording}: {arm}, said alignment {side}"
-            figures.append(figure(name, values, bar, "share", len(values)))
-    seconds = [[cell[arm]["fit_seconds"]] for cell in mine.values()]
+            figures.append(figure(name, values, bar, "share", len(having)))
+    seconds = pooled(mine, lambda cell: [cell[arm]["fit_seconds"]])
     # Beside other jobs: race.py has them alone, and the bar.
     figures.append(figure(f"{wording}: {arm}, fit, wall", seconds, "", "seconds", len(mine)))
     return figures
@@ -846,7 +881,7 @@ def _of_arm(wording: str, arm: str, mine: Mapping[str, Any]) -> list[dict[str, A
 
 def _bar(arm: str, side: str, tops: Sequence[Sequence[float]]) -> str:
     """Within 0.01 of the ceiling."""
-    top = float(np.mean(tops))
+    top = float(np.mean([np.mean(part) for part in tops]))
     if arm != "innsteer":
         return ""
     return f">= {top - 0.01:.3f}" if side == "towards" else f"<= {1 - top + 0.01:.3f}"
