@@ -389,6 +389,18 @@ def test_a_pass_like_the_one_before_fills_nothing_and_another_strength_does():
     assert desk.take("a")[0].touched == 3 and desk.take("b")[0].touched == 1
 
 
+def test_rows_that_lie_elsewhere_at_the_same_strength_are_steered_alike():
+    desk = ragged(tracks(1, 2))
+    desk.admit("a", order(steered(2, 0.7)))
+    h, found = torch.randn(1, WIDTH), []
+    for start, tokens in ((0, 3), (3, 1)):  # the one row to steer is the third, then the first
+        desk.plan([Seat("a", start, tokens)])
+        found.append(climb(desk, h.expand(tokens, -1))[-1])
+        desk.idle()
+    assert torch.equal(found[0], found[1])
+    torch.testing.assert_close(found[1][None], by_hand(tracks(1, 2), h, 0.7), rtol=0, atol=0)
+
+
 def test_embeddings_are_not_read_and_cleared_maps_read_nothing():
     desk = ragged(tracks(1, 2))
     with pytest.raises(RefusedError, match="input of block 0"):

@@ -146,7 +146,8 @@ class Place:
         """The map across sites at the strengths of the rows."""
         assert isinstance(self.part, AcrossSites)
         if self.bound is None:
-            self.bound = self.part.bound(self.table.coef[self.table.rows])
+            # A copy: it outlives the pass, and the buffer is filled anew when rows lie elsewhere.
+            self.bound = self.part.bound(self.table.coef[self.table.rows].clone())
         return self.bound
 
     def alike(self, h: Tensor) -> Tensor | None:
