@@ -408,23 +408,29 @@ def _condgrad(cell: Cell, kappa: float, gate: str) -> Interventions:
     return steerer.get("gated", config=own, **fields).fit(cell.acts)
 
 
-def regularised() -> Fit:
+def regularised(gate: str = "") -> Fit:
     """ridge with lambda chosen by validation alignment at the neutral budget, not by row error.
 
     By row error lambda is small, and the map then blows up on neutral rows, which no pair shows.
+    Behind a gate these cost next to nothing at any strength, so that smaller ones are tried too.
     """
 
     def fit(cell: Cell) -> Interventions:
         best, gain = None, -1.0
         for penalty in (1e-1, 1e0, 1e1, 1e2, 1e3, 1e4):
-            maps = steerer.get("ridge", grid=(penalty,)).fit(cell.acts)
+            one = rows("ridge", grid=(penalty,)) if not gate else gated("ridge", grid=(penalty,))
+            maps = one(cell)
+            assert isinstance(maps, Interventions)
 
             def neutral(strength: float, maps: Interventions = maps) -> float:
                 return float(nats(cell, maps, "neutral_validation", strength, 300).mean())
 
-            got = alignment(chosen(cell.run, maps, "validation", largest(neutral, 1.0)))
-            if got > gain:
-                best, gain = maps, got
+            limit = largest(neutral, 1.0)
+            tried = [limit, *(s for s in (0.5, 1.0, 2.0, 4.0, 8.0) if gate and s < limit)]
+            for strength in tried:
+                got = alignment(chosen(cell.run, maps, "validation", strength))
+                if got > gain:
+                    best, gain = maps, got
         assert best is not None
         return best
 
@@ -502,7 +508,7 @@ ARMS: dict[str, Fit] = {
     "residual_mlp_lda": behind_gate(through("residual_mlp", polish=POLISH)),
     "ridge": regularised(),
     "ridge_by_row_error": rows("ridge"),
-    "ridge_lda": gated("ridge"),
+    "ridge_lda": regularised("lda"),
     "mimic": rows("mimic"),
     "linear_act": rows("linear_act"),
     "odesteer": rows("odesteer", components=2000),
