@@ -125,7 +125,12 @@ def detection(
         Nothing where fewer than two concepts have validation responses.
     """
     found: dict[str, dict[str, float]] = {}
-    seen: dict[str, list[Tensor]] = {}
+    seen: dict[Site, list[Tensor]] = {}
+    part = table.part("validation").rows
+    held = [row for c in concepts for row in [r for r in part if r.concept == c][:most]]
+    owners = [row.concept for row in held]
+    if len(set(owners)) < 2:
+        return [], {}
     for method, steerings in fitted.items():
         read = {c: one.steerer.detectors(one.interventions) for c, one in steerings.items()}
         if not all(read.values()):
@@ -136,15 +141,11 @@ def detection(
                 f"read-outs of {method!r} at {len(sites)} sites", expected="one site for all"
             )
         (site,) = sites
-        if str(site) not in seen:
-            seen = {str(site): _rows(backend, table, concepts, site, most, progress)}
-        texts = seen[str(site)]
-        owners = [row.concept for row in _held(table, concepts, most)]
-        if len(set(owners)) < 2:
-            continue
+        if site not in seen:
+            seen = {site: _rows(backend, held, site, progress)}
         for concept in dict.fromkeys(owners):
             (direction,) = read[concept][site]
-            score = torch.stack([(rows @ direction).max() for rows in texts])
+            score = torch.stack([(rows @ direction).max() for rows in seen[site]])
             mine = torch.tensor([owner == concept for owner in owners])
             found.setdefault(method, {})[concept] = auroc(score[mine], score[~mine])
     if not found:
@@ -164,28 +165,11 @@ def detection(
     return figures, found
 
 
-def _held(table: Concepts, concepts: Sequence[str], most: int) -> list[Response]:
-    """Validation responses of some concepts, the first so many of each."""
-    part = table.part("validation").rows
-    return [row for c in concepts for row in [r for r in part if r.concept == c][:most]]
-
-
-def _rows(
-    backend: HF,
-    table: Concepts,
-    concepts: Sequence[str],
-    site: Site,
-    most: int,
-    progress: Progress,
-) -> list[Tensor]:
+def _rows(backend: HF, held: Sequence[Response], site: Site, progress: Progress) -> list[Tensor]:
     """The rows ``[tokens, d]`` of each held response's tokens."""
-    held = _held(table, concepts, most)
-    if not held:
-        return []
     items = tuple(
         Item(str(n), row.prompt, None, row.response, None, str(n)) for n, row in enumerate(held)
     )
-    contrast = Contrast("texts", "open", items)
-    acts = backend.record(contrast, [site], read="all", progress=progress)
+    acts = backend.record(Contrast("texts", "open", items), [site], read="all", progress=progress)
     values = acts.values[site].float()
     return [values[torch.from_numpy(acts.rows.item == str(n))] for n in range(len(held))]

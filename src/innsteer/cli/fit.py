@@ -14,6 +14,7 @@ from innsteer.cli.options import (
     DATAS,
     FIELD,
     FOLDER,
+    IN_PLACE,
     JSON,
     LAYERS,
     MODEL,
@@ -320,9 +321,7 @@ def extend(
     steering: STEERING,
     data: DATAS,
     model: MODEL = "",
-    folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder to write; default: in place.")
-    ] = None,
+    folder: IN_PLACE = None,
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
@@ -363,9 +362,7 @@ def tune(
             help="Move it to --model, a quantised or updated sibling, if it still holds there.",
         ),
     ] = False,
-    folder: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Folder to write; default: in place.")
-    ] = None,
+    folder: IN_PLACE = None,
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:

@@ -37,6 +37,9 @@ DATAS = Annotated[
     ),
 ]
 FOLDER = Annotated[Path, typer.Option("--out", "-o", help="Folder to write; must not exist.")]
+IN_PLACE = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Folder to write; default: in place.")
+]
 STEERING = Annotated[
     Path, typer.Argument(help="A steering's folder.", autocompletion=completing.steerings)
 ]
