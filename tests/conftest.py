@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+# Test processes side by side whose OpenMP threads wait busily take the cores from one another.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 REASON = "needs the shared reference data: set INNSTEER_SHARED or place it at ../shared"
 
 
