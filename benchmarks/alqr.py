@@ -402,7 +402,8 @@ def main() -> None:
     for name in STAGES if asked.plan else chosen:
         print(f"{name}: {TAKES[name]}", file=sys.stderr, flush=True)
     torch.set_num_threads(1)
-    backend, tasks = HF(load_model("smollm2")), tasks_of(asked.data)[: asked.tasks]
+    backend = HF(load_model("smollm2"), batch=60)  # all answers of a cell
+    tasks = tasks_of(asked.data)[: asked.tasks]
     if asked.plan:
         print(left(backend, tasks), file=sys.stderr)
         return

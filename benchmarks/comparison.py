@@ -271,7 +271,7 @@ def main() -> None:
     parser.add_argument("--summary", action="store_true")
     asked = parser.parse_args()
     unpack()
-    backend = HF(load_model("smollm2"))
+    backend = HF(load_model("smollm2"), batch=60)  # all answers of a cell
     every = tasks_of(asked.data)
     tasks = every[: asked.tasks]
     if asked.plan:

@@ -61,7 +61,7 @@ STEPS = (1, 3, 10)
 """Euler steps that are compared; the last is nearest to the flow."""
 CHOICES = (0.25, 0.5, 1.0, 1.5, 2.0, 3.0)
 """Strengths that a DiffMean chooses from."""
-UPDATE, FORWARD, ANSWER = 5.5, 0.2, 0.9
+UPDATE, FORWARD, ANSWER = 5.5, 0.2, 1.3
 """Seconds of one core, SmolLM2: an update of twelve responses, one response steered without its
 gradient, one response of 64 tokens written and scored twice."""
 FULL: dict[str, Any] = {
@@ -137,7 +137,7 @@ def write(work: Path, plan: dict[str, Any]) -> None:
     if path.exists():
         return
     with Memo(work / "writing") as memo:
-        backend = HF(load_model("smollm2"), memo=memo)
+        backend = HF(load_model("smollm2"), batch=4 * plan["each"], memo=memo)
         sampling = Sampling(plan["tokens"], 1.0)
         found = distil(backend, named(plan), each=plan["each"], sampling=sampling, progress=say)
         write_json(work / "shares.json", {"share": found.share, "shares": found.shares})

@@ -110,36 +110,43 @@ def distil(
     for concept in concepts:
         backend.model.states(concept, 1)  # refuses what no field could be told
     kept: list[Written] = []
-    for number, concept in enumerate(concepts):
-        progress("concepts", number, len(concepts))
-        drawn = random.Random(f"{sampling.seed} {concept}").sample(asked, each)
-        kept += _of(backend, concept, drawn, sampling, writer)
+    several = max(backend.batch // each, 1)  # as many as fill a batch
+    for start in range(0, len(concepts), several):
+        progress("concepts", start, len(concepts))
+        drawn = [
+            (concept, prompt)
+            for concept in concepts[start : start + several]
+            for prompt in random.Random(f"{sampling.seed} {concept}").sample(asked, each)
+        ]
+        kept += _written(backend, drawn, sampling, writer)
     progress("concepts", len(concepts), len(concepts))
     return Distilled(tuple(kept), dict.fromkeys(concepts, each))
 
 
-def _of(
+def _written(
     backend: HF,
-    concept: str,
-    drawn: Sequence[Prompt],
+    drawn: Sequence[tuple[str, Prompt]],
     sampling: Sampling,
     writer: Endpoint | None,
 ) -> list[Written]:
-    """The kept responses of one concept."""
-    request = REQUEST.format(concept=concept)
-    told = [replace(one, conversation=instruct(one.conversation, request)) for one in drawn]
+    """The kept responses to prompts that are each asked to show a concept."""
+    plain = [prompt for _, prompt in drawn]
+    told = [
+        replace(one, conversation=instruct(one.conversation, REQUEST.format(concept=concept)))
+        for concept, one in drawn
+    ]
     if writer is None:
         texts = [one.text for one in backend.generate(told, (), sampling)]
     else:
         texts = [writer.ask(_said(one), sampling.temperature).strip() for one in told]
     said = [place for place, text in enumerate(texts) if text]
     scores: list[list[float]] = []
-    for asked in (told, drawn):
+    for asked in (told, plain):
         rows = [replace(asked[place], answers=(texts[place],)) for place in said]
         found = backend.score(rows) if rows else []
         scores.append([sum(values) / len(values) for (values,) in found])
     return [
-        Written(concept, _said(drawn[place]), texts[place], round(with_ - without, 4))
+        Written(drawn[place][0], _said(plain[place]), texts[place], round(with_ - without, 4))
         for place, with_, without in zip(said, *scores, strict=True)
         if with_ > without
     ]
