@@ -40,6 +40,7 @@ from innsteer import __version__, linearity, load_model, suites
 from innsteer.backends.base import Completion
 from innsteer.backends.hf import HF, Memo
 from innsteer.comparing import Comparison, Contender, Protocol
+from innsteer.comparing.standings import standings
 from innsteer.contrast import Contrast
 from innsteer.files import read_json, write_json
 from innsteer.fitting import fit, fit_run, linearised
@@ -47,7 +48,6 @@ from innsteer.hooks import Attachment
 from innsteer.metrics import get as metric
 from innsteer.planning import Peak
 from innsteer.site import Site
-from innsteer.standings import standings
 from innsteer.steering import Steering
 from innsteer.suites import persona
 from innsteer.tuning import control, control_meter, control_metric

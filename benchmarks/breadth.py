@@ -57,8 +57,8 @@ from innsteer import (  # noqa: E402
 )
 from innsteer.doctor import PROBES, checks  # noqa: E402
 from innsteer.files import sha256_file, write_json  # noqa: E402
+from innsteer.models.smollm2 import smollm2_folder  # noqa: E402
 from innsteer.planning import Peak, plan  # noqa: E402
-from innsteer.smollm2 import smollm2_folder  # noqa: E402
 
 RESULTS = HERE / "results" / "breadth.json"
 PAGE = HERE.parent / "docs" / "models.md"

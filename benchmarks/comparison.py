@@ -33,9 +33,9 @@ import suites as looks
 from innsteer import load_model, suites
 from innsteer.backends.hf import HF
 from innsteer.comparing import Comparison, Contender, always, contenders
+from innsteer.comparing.standings import Standings, standings
 from innsteer.contrast import Contrast
 from innsteer.files import fresh_file, write_json, write_text
-from innsteer.standings import Standings, standings
 from innsteer.suites import persona
 
 HERE = Path(__file__).resolve().parent

@@ -35,13 +35,14 @@ import torch
 from torch import Tensor
 
 from innsteer import load_model
+from innsteer.axbench.detecting import contrast_of
+from innsteer.axbench.distilling import REQUEST, distil, read_concepts
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF, Memo
 from innsteer.backends.meter import instruct
 from innsteer.backends.told import Told
+from innsteer.comparing.statistics import resample
 from innsteer.concepts import Concepts, Response
-from innsteer.detecting import contrast_of
-from innsteer.distilling import REQUEST, distil, read_concepts
 from innsteer.files import write_json, write_text
 from innsteer.fitting import fit, fit_concepts
 from innsteer.hooks import Attachment
@@ -49,7 +50,6 @@ from innsteer.interventions import Edit
 from innsteer.judging import Verdict
 from innsteer.metrics.base import Measured
 from innsteer.site import Where
-from innsteer.statistics import resample
 from innsteer.steerer import Interventions
 from innsteer.steerers.flas import Field
 from innsteer.steering import Steering

@@ -30,7 +30,7 @@ from innsteer.backends.base import Prompt
 from innsteer.backends.hf import HF
 from innsteer.files import write_json, write_text
 from innsteer.integrations.lm_eval import SteeredLM
-from innsteer.smollm2 import smollm2_folder
+from innsteer.models.smollm2 import smollm2_folder
 from innsteer.suites import capability
 
 RESULTS = Path(__file__).parent / "results" / "lmeval.json"

@@ -18,9 +18,9 @@ import control
 from innsteer import evaluation, load_model, suites
 from innsteer.backends.hf import HF
 from innsteer.evaluation import PREVIEW, Arm
-from innsteer.figures import UNSTEERED
 from innsteer.files import read_json, write_json
 from innsteer.fitting import fit
+from innsteer.report.figures import UNSTEERED
 from innsteer.site import Site
 from innsteer.suites.behaviour import load
 from innsteer.tuning import control_metric

@@ -55,8 +55,8 @@ from innsteer.files import read_json, write_json
 from innsteer.fitting import record
 from innsteer.interventions import Edit
 from innsteer.models import Encoded, load_model
+from innsteer.models.smollm2 import smollm2_folder
 from innsteer.site import Site, Where
-from innsteer.smollm2 import smollm2_folder
 from innsteer.steerer import Interventions, get
 from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites

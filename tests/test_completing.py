@@ -10,8 +10,9 @@ import torch
 from huggingface_hub import constants
 from typer.main import get_command
 
-from innsteer import cli, completing, contrast, get, shelf
+from innsteer import cli, contrast, get, shelf
 from innsteer.activations import Activations
+from innsteer.cli import completing
 from innsteer.steering import Steering
 
 

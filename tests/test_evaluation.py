@@ -9,7 +9,7 @@ import torch
 
 import tiny
 from edits import seen
-from innsteer import evaluation, fitting, metrics, pages, tuning
+from innsteer import evaluation, fitting, metrics, tuning
 from innsteer.backends.base import Sampling
 from innsteer.backends.hf import HF
 from innsteer.backends.lora import LoRA
@@ -18,7 +18,7 @@ from innsteer.errors import InputError, MissingPackage, UnknownName
 from innsteer.evaluation import PROMPT_ONLY, RANDOM, UNSTEERED, Arm, Sizes
 from innsteer.interventions import Shift
 from innsteer.metrics import negative_sentiment
-from innsteer.report import Report
+from innsteer.report import Report, pages
 from innsteer.site import Site, Where
 from innsteer.steerer import Interventions
 from innsteer.suites import behaviour as suites

@@ -13,8 +13,8 @@ from innsteer import cli, get
 from innsteer.activations import Activations
 from innsteer.errors import FormatError, InnsteerError, InputError
 from innsteer.files import sha256_file
-from innsteer.fingerprint import Fingerprint
 from innsteer.hub import LIMITS, pull, push
+from innsteer.models.fingerprint import Fingerprint
 from innsteer.steering import CARD, HEADER, SEAL, TENSORS, Steering
 from standin import TOKEN, StandIn
 

@@ -11,11 +11,10 @@ HOUSE = Path(__file__).resolve().parents[1] / "src" / "innsteer"
 # From the ground up; each knows those before it. ``__init__`` is the door, not a room.
 ROOMS = """
     errors control mixes tokens files site groups formats concepts contrast audit activations
-    fingerprint layout smollm2 models flows shelf steerer setpoints readouts interventions gating
-    shears training batches hooks steerers calibration steering backends metrics suites fitting
-    planning tuning choosing exchange hub interference figures statistics pages linearity standings
-    report judging distilling detecting evaluation axbench comparing integrations demo doctor
-    completing cli
+    models flows shelf steerer setpoints readouts interventions gating shears training batches
+    hooks steerers calibration steering backends metrics suites fitting planning tuning choosing
+    exchange hub interference report linearity judging evaluation comparing axbench integrations
+    demo doctor cli
 """.split()
 HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 
@@ -23,7 +22,7 @@ HEIGHT = {room: height for height, room in enumerate(ROOMS)}
 HIDDEN = {
     "flows": set(HEIGHT) - {"errors"},  # know no language model
     "contrast": {"models", "activations"},  # texts know no model
-    "steerers": {"models", "layout", "fingerprint", "hooks", "contrast"},  # see rows only
+    "steerers": {"models", "hooks", "contrast"},  # see rows only
     "metrics": {"steering", "steerer", "steerers"},  # see completions only
 }
 

@@ -15,7 +15,7 @@ from innsteer.activations import Activations
 from innsteer.calibration import Calibration, Dose
 from innsteer.errors import BudgetError, FormatError, InputError, MismatchError
 from innsteer.files import sha256_file, write_json
-from innsteer.fingerprint import Fingerprint
+from innsteer.models.fingerprint import Fingerprint
 from innsteer.site import Site, Where
 from innsteer.steering import CARD, HEADER, SEAL, TENSORS, Steering
 

@@ -18,11 +18,11 @@ from innsteer.backends.hf import HF, Meter, instruct
 from innsteer.backends.lora import LoRA
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError
-from innsteer.figures import PROMPT_ONLY, RANDOM, UNSTEERED
 from innsteer.fitting import check_unseen
 from innsteer.interventions import Edit, Shift
 from innsteer.models import LanguageModel
 from innsteer.report import Cloud, DosePoint, Figure, Report, TokenTrail
+from innsteer.report.figures import PROMPT_ONLY, RANDOM, UNSTEERED
 from innsteer.site import Site
 from innsteer.steerer import Interventions
 from innsteer.steering import Steering

@@ -19,8 +19,8 @@ from innsteer.concepts import Concepts
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError, LeakError, MismatchError
 from innsteer.files import require_absent
-from innsteer.fingerprint import Fingerprint
 from innsteer.models import LanguageModel
+from innsteer.models.fingerprint import Fingerprint
 from innsteer.site import Site, Span, Where
 from innsteer.steerer import Interventions, Runner, Steerer, get
 from innsteer.steering import Steering

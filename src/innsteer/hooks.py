@@ -26,7 +26,8 @@ from transformers.cache_utils import DynamicLayer
 from innsteer.errors import InputError, NothingSteeredError, PositionError, RefusedError
 from innsteer.files import canonical
 from innsteer.interventions import Edit
-from innsteer.models import LanguageModel, Layout, find_layout, unwrapped
+from innsteer.models import LanguageModel, unwrapped
+from innsteer.models.layout import Layout, find_layout
 from innsteer.site import Site, Span, Where, before
 from innsteer.steerer import AcrossSites, AcrossTokens, Bound, Intervention, finite
 from innsteer.tokens import LIVE, Encode, TokenContext

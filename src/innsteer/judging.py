@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 from innsteer.backends.base import Completion, Progress, silent
 from innsteer.errors import FormatError, InnsteerError, InputError, MissingPackage
-from innsteer.figures import Figure
 from innsteer.files import canonical, read_json, write_json
 from innsteer.metrics.base import Measured, Metric, Score
 from innsteer.report import Report
+from innsteer.report.figures import Figure
 
 KEY = "OPENAI_API_KEY"
 T = TypeVar("T")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from innsteer import __version__, pages
+from innsteer import __version__
 from innsteer.backends.base import Progress, silent
 from innsteer.backends.engine import Engine
 from innsteer.backends.hf import HF
@@ -26,6 +26,7 @@ from innsteer.files import fresh_folder, write_json, write_text
 from innsteer.fitting import linearised
 from innsteer.formats import decoded, is_readable, read_file, unpacked
 from innsteer.models import LanguageModel
+from innsteer.report import pages
 from innsteer.steerers.alqr import ALQR, Feedback
 from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites

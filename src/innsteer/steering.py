@@ -27,10 +27,10 @@ from innsteer.files import (
     write_tensors,
     write_text,
 )
-from innsteer.fingerprint import Fingerprint, fingerprint
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
 from innsteer.models import LanguageModel, hub_id
+from innsteer.models.fingerprint import Fingerprint, fingerprint
 from innsteer.site import Site, Span, Where
 from innsteer.steerer import Interventions, Steerer, tensor_bytes
 from innsteer.tokens import Parameters

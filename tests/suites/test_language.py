@@ -10,11 +10,11 @@ from innsteer import evaluation, fitting, metrics, suites
 from innsteer.backends.base import Completion
 from innsteer.backends.hf import HF
 from innsteer.comparing import Comparison, Contender, Protocol
+from innsteer.comparing.standings import standings
 from innsteer.errors import DataError, InputError, MissingPackage, UnknownName
 from innsteer.evaluation import Arm, Sizes
 from innsteer.metrics import language
 from innsteer.site import Site
-from innsteer.standings import standings
 from innsteer.suites import behaviour
 from words import WORDS
 

@@ -12,10 +12,10 @@ from innsteer import evaluation, fitting, metrics, suites
 from innsteer.backends.base import Completion
 from innsteer.backends.hf import HF
 from innsteer.comparing import Comparison, Contender, Protocol
+from innsteer.comparing.standings import standings
 from innsteer.errors import DataError, InputError
 from innsteer.evaluation import Arm, Sizes
 from innsteer.site import Site
-from innsteer.standings import standings
 from innsteer.suites import behaviour, refusal
 from words import WORDS
 

@@ -13,10 +13,10 @@ import tiny
 from innsteer import evaluation, fitting, metrics, suites, tuning
 from innsteer.backends.base import Completion
 from innsteer.comparing import Comparison, Contender, Protocol
+from innsteer.comparing.standings import standings
 from innsteer.errors import DataError
 from innsteer.evaluation import Arm, Sizes
 from innsteer.site import Site
-from innsteer.standings import standings
 from innsteer.suites import behaviour
 from words import WORDS
 

@@ -16,8 +16,8 @@ from innsteer.backends.memo import Memo, of_edits
 from innsteer.contrast import Conversation
 from innsteer.hooks import Trace, require_selected
 from innsteer.interventions import Edit
-from innsteer.layout import Block, Layout
 from innsteer.models import LanguageModel
+from innsteer.models.layout import Block, Layout
 from innsteer.site import Site, before
 
 if TYPE_CHECKING:

@@ -28,8 +28,8 @@ from innsteer.contrast import Contrast, Item
 from innsteer.errors import InputError, LayoutError
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
-from innsteer.layout import Layout
 from innsteer.models import Encoded
+from innsteer.models.layout import Layout
 from innsteer.site import Site, Where
 from innsteer.steerer import Interventions
 

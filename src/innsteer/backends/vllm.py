@@ -18,8 +18,8 @@ from innsteer.backends.memo import Memo
 from innsteer.errors import MissingPackage
 from innsteer.interventions import Edit
 from innsteer.models import Encoded, load_model
+from innsteer.models.smollm2 import smollm2_folder
 from innsteer.site import Site
-from innsteer.smollm2 import smollm2_folder
 
 
 class VLLM(HF):

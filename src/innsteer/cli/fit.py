@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from innsteer import completing, shelf
+from innsteer import shelf
+from innsteer.cli import completing
 from innsteer.cli.options import (
     DATA,
     DATAS,
@@ -282,11 +283,11 @@ def concepts(
     require_absent(file)
     if file.suffix != ".jsonl":
         raise InputError(f"--out {file}", expected="a name that ends in .jsonl")
-    from innsteer import distilling
+    from innsteer.axbench import distilling
     from innsteer.backends.base import Sampling
     from innsteer.backends.hf import HF
     from innsteer.judging import Endpoint
-    from innsteer.smollm2 import cache_folder
+    from innsteer.models.smollm2 import cache_folder
 
     wanted = distilling.read_concepts(listed)
     writer = Endpoint(*endpoint_of(by), cache_folder() / "writer", role="writer") if by else None

@@ -6,7 +6,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from innsteer import completing, shelf
+from innsteer import shelf
+from innsteer.cli import completing
 from innsteer.cli.options import (
     DATA,
     JSON,

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from innsteer import completing
+from innsteer.cli import completing
 from innsteer.cli.options import (
     DATAS,
     FOLDER,
@@ -147,8 +147,9 @@ def compare(
     as_json: JSON = False,
 ) -> None:
     """Compare methods on the same work: the same data, budget and evaluations for every one."""
-    from innsteer import comparing, standings
+    from innsteer import comparing
     from innsteer.backends.hf import HF
+    from innsteer.comparing import standings
 
     with Bars(as_json) as progress:
         tasks = [open_contrast(one) for one in data]
@@ -278,8 +279,8 @@ def judge(
     if file:
         require_absent(file)
     from innsteer import judging
+    from innsteer.models.smollm2 import cache_folder
     from innsteer.report import Report
-    from innsteer.smollm2 import cache_folder
 
     url, name = endpoint_of(by)
     folder = cache or cache_folder() / "judge"
@@ -352,14 +353,13 @@ def axbench(
             f"--also {also!r} with --data {data}",
             expected="both: methods for each concept, and responses to fit them on",
         )
-    from innsteer import axbench as protocol
-    from innsteer import detecting
+    from innsteer.axbench import detecting, protocol
+    from innsteer.axbench.distilling import read_concepts
     from innsteer.backends.base import Sampling
     from innsteer.backends.hf import HF
     from innsteer.concepts import Concepts
-    from innsteer.distilling import read_concepts
     from innsteer.judging import Endpoint
-    from innsteer.smollm2 import cache_folder
+    from innsteer.models.smollm2 import cache_folder
     from innsteer.steering import Steering
 
     endpoint = None

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from innsteer import completing, mixes, shelf
+from innsteer import mixes, shelf
+from innsteer.cli import completing
 from innsteer.cli.printing import warn
 from innsteer.errors import DataError, InnsteerError, InputError, MismatchError, UnknownName
 

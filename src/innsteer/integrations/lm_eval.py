@@ -11,10 +11,10 @@ from torch import Tensor
 from innsteer.backends.base import Progress, silent
 from innsteer.backends.hf import HF
 from innsteer.errors import InputError, MissingPackage, NothingSteeredError, PositionError
-from innsteer.figures import UNSTEERED
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
 from innsteer.models import Encoded, LanguageModel
+from innsteer.report.figures import UNSTEERED
 from innsteer.steering import Steering
 
 try:

@@ -12,7 +12,7 @@ from innsteer.backends.menu import MARK, Menu
 from innsteer.backends.vllm_plugin import http
 from innsteer.errors import InputError, MissingPackage, NothingSteeredError
 from innsteer.models import load_model
-from innsteer.smollm2 import smollm2_folder
+from innsteer.models.smollm2 import smollm2_folder
 from innsteer.steering import Steering
 
 MODULE = "vllm.entrypoints.openai.api_server"

@@ -16,9 +16,15 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from innsteer.errors import InputError, LayoutError, PositionError
-from innsteer.fingerprint import Fingerprint, fingerprint
-from innsteer.layout import Layout, find_layout
-from innsteer.smollm2 import HUB_ID, hub_reachable, load_gguf, quiet_transformers, smollm2_folder
+from innsteer.models.fingerprint import Fingerprint, fingerprint
+from innsteer.models.layout import Layout, find_layout
+from innsteer.models.smollm2 import (
+    HUB_ID,
+    hub_reachable,
+    load_gguf,
+    quiet_transformers,
+    smollm2_folder,
+)
 
 __all__ = [
     "Encoded",

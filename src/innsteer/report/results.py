@@ -11,10 +11,11 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
-from innsteer import pages
 from innsteer.backends.base import Completion
 from innsteer.errors import FormatError
-from innsteer.figures import (
+from innsteer.files import fresh_folder, read_json, write_json, write_text
+from innsteer.report import pages
+from innsteer.report.figures import (
     COST,
     DIAGNOSTICS,
     MEASURES,
@@ -33,7 +34,6 @@ from innsteer.figures import (
     short,
     write,
 )
-from innsteer.files import fresh_folder, read_json, write_json, write_text
 
 __all__ = ["Cloud", "DosePoint", "Figure", "Report", "TokenTrail"]
 

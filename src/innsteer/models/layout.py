@@ -116,7 +116,7 @@ def find_layout(model: nn.Module) -> Layout:
             problems.append(f"{name}: {error}")
     raise LayoutError(
         f"{type(model).__name__}: no decoder blocks found; " + " | ".join(problems),
-        remedy="a model of this kind needs a rule in innsteer/layout.py",
+        remedy="a model of this kind needs a rule in innsteer/models/layout.py",
     )
 
 

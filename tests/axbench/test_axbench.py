@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import tiny
-from innsteer import axbench, cli
-from innsteer.axbench import (
+from innsteer import cli
+from innsteer.axbench import protocol as axbench
+from innsteer.axbench.protocol import (
     FORMS,
     PARTS,
     Asked,

@@ -6,11 +6,12 @@ import sys
 import pytest
 
 import tiny
-from innsteer import cli, distilling
+from innsteer import cli
+from innsteer.axbench import distilling
+from innsteer.axbench.distilling import REQUEST, Written, distil, read_concepts
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF
 from innsteer.concepts import Concepts
-from innsteer.distilling import REQUEST, Written, distil, read_concepts
 from innsteer.errors import DataError, InputError
 from innsteer.judging import Endpoint
 

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from innsteer.backends.base import Progress, Prompt, Sampling, silent
 from innsteer.backends.hf import HF
+from innsteer.comparing.statistics import resample
 from innsteer.concepts import Concepts, Response
 from innsteer.contrast import Contrast, Item
 from innsteer.errors import InputError
-from innsteer.figures import Figure
 from innsteer.fitting import default_site, fit
 from innsteer.gating import auroc
 from innsteer.judging import Verdict
 from innsteer.metrics.base import Measured
+from innsteer.report.figures import Figure
 from innsteer.site import Site
-from innsteer.statistics import resample
 from innsteer.steerer import get
 from innsteer.steering import Steering
 

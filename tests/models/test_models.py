@@ -13,7 +13,6 @@ from tokenizers import pre_tokenizers, processors
 from torch import nn
 
 import tiny
-from innsteer import models, smollm2
 from innsteer.errors import (
     FormatError,
     InnsteerError,
@@ -22,9 +21,9 @@ from innsteer.errors import (
     MissingPackage,
     PositionError,
 )
-from innsteer.fingerprint import fingerprint
-from innsteer.layout import find_layout
-from innsteer.models import LanguageModel, load_model
+from innsteer.models import LanguageModel, load_model, loading, smollm2
+from innsteer.models.fingerprint import fingerprint
+from innsteer.models.layout import find_layout
 from innsteer.site import STREAMS, Site
 
 IDS = torch.tensor([[0, 40, 41, 90, 17, 200, 33]])
@@ -516,7 +515,7 @@ def test_code_beside_a_model_is_not_run(tmp_path):
 
 
 def test_a_hub_id_without_a_hub_fails_at_once_and_says_so(monkeypatch):
-    monkeypatch.setattr(models, "hub_reachable", lambda repo: False)
+    monkeypatch.setattr(loading, "hub_reachable", lambda repo: False)
     start = time.perf_counter()
     with pytest.raises(InputError, match="'nobody/nothing'.*the Hub was not reached"):
         load_model("nobody/nothing")
@@ -664,7 +663,7 @@ def test_smollm2_weights_are_plain_and_its_fingerprint_is_quick():
 
 def test_importing_the_module_starts_no_transformers_import():
     code = "import sys, innsteer.models; print('transformers' in sys.modules)"
-    source = str(Path(models.__file__).parents[1])
+    source = str(Path(loading.__file__).parents[2])
     done = subprocess.run(
         [sys.executable, "-c", code],
         capture_output=True,

@@ -11,12 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from innsteer import metrics, pages
+from innsteer import metrics
+from innsteer.comparing.statistics import Draws, Items, holm, resample
 from innsteer.errors import InputError
-from innsteer.figures import PLAIN, UNSTEERED
 from innsteer.files import fresh_file, write_json, write_text
 from innsteer.metrics.base import Measured, Score
-from innsteer.statistics import Draws, Items, holm, resample
+from innsteer.report import pages
+from innsteer.report.figures import PLAIN, UNSTEERED
 
 LEVEL = 0.05
 """Of the whole family of comparisons."""

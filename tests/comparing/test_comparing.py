@@ -12,22 +12,16 @@ import pytest
 import torch
 
 import tiny
-from innsteer import comparing, fitting
+from innsteer import fitting
 from innsteer.activations import Activations
 from innsteer.backends.hf import HF
-from innsteer.comparing import (
-    Cell,
-    Comparison,
-    Contender,
-    Evaluation,
-    Protocol,
-    Search,
-    contenders,
-    shuffled,
-)
+from innsteer.comparing import Comparison, Contender, Protocol, contenders, task
+from innsteer.comparing import comparison as sharing
+from innsteer.comparing.search import MOST, Evaluation, Search
+from innsteer.comparing.standings import HALVES, page, standings
+from innsteer.comparing.task import Cell, shuffled
 from innsteer.errors import BudgetError, InnsteerError, InputError, MissingPackage, UnknownName
 from innsteer.site import Site
-from innsteer.standings import HALVES, page, standings
 from innsteer.suites import behaviour as suites
 from words import contrast, yes_or_no
 
@@ -140,7 +134,7 @@ def test_a_search_spends_the_budget_in_few_evaluations(power, unit):
     for _ in range(8):
         search.step("neutral")
     best = search.best("neutral")
-    limit = min((0.1 / unit) ** (1 / power), comparing.MOST)
+    limit = min((0.1 / unit) ** (1 / power), MOST)
     assert 0.8 * limit < best.strength <= limit and len(search.tried) == 8
 
 
@@ -165,7 +159,7 @@ def test_a_map_that_costs_nothing_is_tried_up_to_the_largest_strength():
     search = Search(lambda s: Evaluation(0, s, 0.5, 0.0, 0.0), 0.1)
     for _ in range(6):
         search.step("neutral")
-    assert max(search.tried) == comparing.MOST and len(search.tried) == 6
+    assert max(search.tried) == MOST and len(search.tried) == 6
 
 
 # --- cells ---------------------------------------------------------------------------------------
@@ -225,13 +219,13 @@ def test_a_rule_of_its_own_among_layers_is_kept_and_has_a_form_at_one(model, tmp
 
 def test_loops_contend_with_their_twin_on_rows_of_one_chain(model, tmp_path, monkeypatch):
     made = []
-    real = comparing.linearised
+    real = task.linearised
 
     def counted(*args, **how):
         made.append(real(*args, **how))
         return made[-1]
 
-    monkeypatch.setattr(comparing, "linearised", counted)
+    monkeypatch.setattr(task, "linearised", counted)
     rows = [Contender.of("alqr", prompts=2), Contender.of("alqr", prompts=2, loop="open")]
     found = comparison(model, tmp_path, *rows)
     found.run()
@@ -266,7 +260,7 @@ def test_a_lora_contends_by_its_scale_and_leaves_the_model_as_it_was(model, tmp_
 
 
 def test_a_lora_that_fails_leaves_the_model_as_it_was(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparing._Task, "_dosed", lambda *_: 1 / 0)
+    monkeypatch.setattr(task.Task, "_dosed", lambda *_: 1 / 0)
     names = set(model.model.state_dict())
     with pytest.raises(ZeroDivisionError):
         comparison(model, tmp_path, Contender.of("lora", steps=1, held=2)).run()
@@ -317,19 +311,19 @@ def test_cells_shared_by_processes_are_those_of_one(model, tmp_path):
 
 
 def test_a_meter_serves_all_layers_and_a_neutral_one_all_tasks(model, tmp_path, monkeypatch):
-    made, real = [], comparing._Task._make
+    made, real = [], task.Task._make
 
     def make(task, name):
         made.append((task.contrast.behaviour, name))
         return real(task, name)
 
-    monkeypatch.setattr(comparing._Task, "_make", make)
+    monkeypatch.setattr(task.Task, "_make", make)
     few = Protocol.of(model, layers=(0, 1), evaluations=4, items=4, search_tokens=20, answers=2)
     rows, tasks = [Contender.of("diffmean")], (CHOICE, OTHER)
     whole = comparison(model, tmp_path, *rows, tasks=tasks, protocol=few)
-    monkeypatch.setattr(comparing, "_mine", [(whole, Event(), {})])
+    monkeypatch.setattr(sharing, "_mine", [(whole, Event(), {})])
     for share in whole._shares([0, 1], 2):
-        comparing._share(share)
+        sharing._share(share)
     assert not whole.left() and len(set(made)) == len(made)
     counts = Counter(name for _, name in made)
     assert counts["search validation"] == counts["check validation"] == counts["check test"] == 1
@@ -355,13 +349,13 @@ def test_processes_share_tasks_and_part_one_only_where_some_would_be_idle(model,
 
 
 def test_prefixes_run_once_for_all_that_fit_through_the_model(model, tmp_path, monkeypatch):
-    made, real = [], comparing.through
+    made, real = [], task.through
 
     def counted(backend, contrast, sites, **how):
         made.append(tuple(sites))
         return real(backend, contrast, sites, **how)
 
-    monkeypatch.setattr(comparing, "through", counted)
+    monkeypatch.setattr(task, "through", counted)
     few = {"steps": 1, "batch": 2}
     rows = [Contender.of("loreft", **few), Contender.of("loreft", rank=2, **few)]
     rows += [Contender.of("condgrad"), Contender.of("ridge", "target")]
@@ -376,7 +370,7 @@ def test_prefixes_run_once_for_all_that_fit_through_the_model(model, tmp_path, m
     assert not any("failed" in record for record in found.values())
     assert all(record["memory"] is None or record["memory"] > 0 for record in found.values())
     alone = fitting.fit(model, CHOICE, "condgrad", sites=(Site(found["condgrad"]["layer"]),))
-    shared = comparing._Task(HF.of(model), CHOICE, whole.protocol, "", {})
+    shared = task.Task(HF.of(model), CHOICE, whole.protocol, "", {})
     fit = shared._fit(Cell(rows[2], CHOICE, 0), tuple(alone.interventions))
     for name, value in alone.interventions.state_dict().items():
         torch.testing.assert_close(fit.arm(1.0).edit.interventions.state_dict()[name], value)
@@ -413,7 +407,7 @@ def test_a_method_that_refuses_leaves_a_cell_that_says_so(model, tmp_path, monke
     def never(*args):
         raise BudgetError("the cost stays above 0.0953 nats at every strength tried")
 
-    monkeypatch.setattr(comparing, "within", never)
+    monkeypatch.setattr(task, "within", never)
     whole = comparison(model, tmp_path, Contender.of("diffmean"))
     whole.run()
     (record,) = whole.found()
@@ -429,7 +423,7 @@ def test_a_budget_that_cannot_be_met_leaves_the_figures_of_the_other(model, tmp_
         return strength
 
     halves = iter(HALVES)
-    monkeypatch.setattr(comparing, "within", bare)
+    monkeypatch.setattr(task, "within", bare)
     whole = comparison(model, tmp_path, Contender.of("unsteered"), Contender.of("diffmean"))
     whole.run()
     plain, record = whole.found()
@@ -441,13 +435,13 @@ def test_a_budget_that_cannot_be_met_leaves_the_figures_of_the_other(model, tmp_
 
 
 def test_the_time_of_a_fit_is_its_own_and_recording_is_charged_to_all(model, tmp_path, monkeypatch):
-    recorded = comparing.record_parts
+    recorded = task.record_parts
 
     def slow(*args):
         time.sleep(1)
         return recorded(*args)
 
-    monkeypatch.setattr(comparing, "record_parts", slow)
+    monkeypatch.setattr(task, "record_parts", slow)
     rows = [Contender.of("random-direction"), Contender.of("diffmean"), Contender.of("ridge")]
     whole = comparison(model, tmp_path, *rows)
     whole.run()
@@ -459,7 +453,7 @@ def test_an_error_of_the_software_is_no_result(model, tmp_path, monkeypatch):
     def broken(*args, **how):
         raise RuntimeError("a bug")
 
-    monkeypatch.setattr(comparing, "fit_rows", broken)
+    monkeypatch.setattr(task, "fit_rows", broken)
     whole = comparison(model, tmp_path, Contender.of("diffmean"))
     with pytest.raises(RuntimeError):
         whole.run()
@@ -470,7 +464,7 @@ def test_a_package_that_is_missing_is_no_result(model, tmp_path, monkeypatch):
     def missing(control):
         raise MissingPackage("vaderSentiment", "the sentiment scorer", "demo")
 
-    monkeypatch.setattr(comparing, "require_scorer", missing)
+    monkeypatch.setattr(task, "require_scorer", missing)
     whole = comparison(model, tmp_path, Contender.of("diffmean"))
     with pytest.raises(MissingPackage):
         whole.run()

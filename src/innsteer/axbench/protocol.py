@@ -16,18 +16,18 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from innsteer.axbench.distilling import REQUEST
 from innsteer.backends.base import Progress, Prompt, Sampling, silent
 from innsteer.backends.hf import HF
+from innsteer.comparing.statistics import resample
 from innsteer.concepts import COLUMNS
-from innsteer.distilling import REQUEST
 from innsteer.errors import DataError, InnsteerError, InputError
 from innsteer.evaluation import Arm
-from innsteer.figures import PROMPT_ONLY, UNSTEERED, Figure
 from innsteer.files import canonical
 from innsteer.formats import read_file
 from innsteer.judging import Endpoint, Heard, Verdict, each_of, said_field
 from innsteer.metrics.base import Measured
-from innsteer.statistics import resample
+from innsteer.report.figures import PROMPT_ONLY, UNSTEERED, Figure
 from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
 

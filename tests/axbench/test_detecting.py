@@ -7,10 +7,10 @@ import torch
 
 import tiny
 from innsteer import get
+from innsteer.axbench.detecting import contrast_of, detection, fit_each
 from innsteer.backends.base import Prompt, Sampling
 from innsteer.backends.hf import HF
 from innsteer.concepts import Concepts
-from innsteer.detecting import contrast_of, detection, fit_each
 from innsteer.errors import InputError
 from innsteer.gating import auroc
 from innsteer.interventions import Shift, shifts

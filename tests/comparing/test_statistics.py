@@ -7,9 +7,9 @@ import pytest
 from scipy import stats
 
 from innsteer import metrics
+from innsteer.comparing.statistics import holm, resample
 from innsteer.errors import InputError
 from innsteer.metrics.base import Measured
-from innsteer.statistics import holm, resample
 
 ALIGNMENT = metrics.get("alignment")
 

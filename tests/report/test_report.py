@@ -10,11 +10,10 @@ import numpy as np
 import plotly.graph_objects as go
 import pytest
 
-from innsteer import pages
 from innsteer.backends.base import Completion
 from innsteer.errors import FormatError, InputError
-from innsteer.figures import write
-from innsteer.report import Cloud, DosePoint, Figure, Report, TokenTrail
+from innsteer.report import Cloud, DosePoint, Figure, Report, TokenTrail, pages
+from innsteer.report.figures import write
 
 ARMS = ("unsteered", "prompt-only", "random direction", "diffmean", "innsteer")
 STRENGTH = dict(zip(ARMS, (0.0, 0.0, 6.5, 1.9, 1.42), strict=True))

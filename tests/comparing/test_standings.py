@@ -6,8 +6,8 @@ import re
 
 import pytest
 
+from innsteer.comparing.standings import page, save, standings
 from innsteer.errors import InputError
-from innsteer.standings import page, save, standings
 
 
 def record(name, task, shift, *, seed=0, input="classes", metric="alignment", failed="", **more):
@@ -213,7 +213,7 @@ def test_raw_cells_are_a_table_too(records, tmp_path, monkeypatch):
     assert rows[1]["mc1"] == 0.5, "a benchmark's own measures too"
     assert rows[2]["control"] is rows[4]["control"] is rows[4]["neutral_cost"] is None
     assert rows[0]["neutral_cost"] == one["tested"]["neutral"]["costs"]["neutral_cost"][0]
-    monkeypatch.setattr("innsteer.standings.find_spec", lambda name: None)
+    monkeypatch.setattr("innsteer.comparing.standings.find_spec", lambda name: None)
     save(tmp_path / "without", [], [one], {})
     assert not (tmp_path / "without" / "cells.parquet").exists()
 

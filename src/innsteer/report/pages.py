@@ -16,7 +16,7 @@ from jinja2 import Environment, PackageLoader
 from markupsafe import Markup
 
 from innsteer.backends.base import Completion
-from innsteer.figures import (
+from innsteer.report.figures import (
     COST,
     PROMPT_ONLY,
     UNSTEERED,

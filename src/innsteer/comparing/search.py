@@ -1,0 +1,119 @@
+"""What every contender gets alike, and the search for its strength within a budget."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+from innsteer.calibration import BUDGET
+from innsteer.comparing.standings import Half
+from innsteer.errors import InputError
+from innsteer.models import LanguageModel
+
+MOST = 64.0
+"""No larger strength is tried."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """What every contender gets, alike.
+
+    Attributes:
+        layers: whose outputs are candidates; default: a third, a half, two thirds, five sixths up.
+        budget: nats per token. evaluations: of control and cost on validation, per cell: layers by
+            successive halving, then strength. items: of validation per evaluation.
+        search_tokens: response tokens of neutral prompts per evaluation; the last check and the
+            test take all neutral prompts of their part.
+        answers: sampled per cell and budget, for what is said.
+    """
+
+    layers: tuple[int, ...]
+    budget: float = BUDGET
+    evaluations: int = 24
+    items: int = 48
+    search_tokens: int = 300
+    answers: int = 60
+
+    def __post_init__(self) -> None:
+        rounds = max(len(self.layers) - 1, 0).bit_length() + 1
+        if not self.layers or len(set(self.layers)) < len(self.layers):
+            raise InputError(f"layers {self.layers}", expected="at least one, all distinct")
+        if self.evaluations < rounds * len(self.layers):
+            raise InputError(
+                f"{self.evaluations} evaluations for {len(self.layers)} layers",
+                expected=f"at least {rounds * len(self.layers)}: one per layer and round",
+            )
+        if not 0 < self.budget < math.inf:
+            raise InputError(f"budget {self.budget}", expected="nats per token, above 0")
+
+    @classmethod
+    def of(cls, model: LanguageModel, **how: Any) -> "Protocol":
+        """The default for a model."""
+        depth = len(model.layout.blocks)
+        usual = {max(round(depth * share) - 1, 0) for share in (1 / 3, 1 / 2, 2 / 3, 5 / 6)}
+        return cls(**{"layers": tuple(sorted(usual)), **how})
+
+
+class Evaluation(NamedTuple):
+    """Control and both halves of the cost of one map at one strength, on validation.
+
+    A LoRA has no layer.
+    """
+
+    layer: int | None
+    strength: float
+    control: float
+    neutral: float
+    in_format: float
+
+    def cost(self, half: Half) -> float:
+        """What the budget binds, nats."""
+        return self.neutral if half == "neutral" else max(self.neutral, self.in_format)
+
+
+class Search:
+    """The strengths of one fitted map, evaluation by evaluation.
+
+    First the largest strength within the budget, by the law that cost grows with the square of a
+    small strength, within a bracket; then below it, because more strength is not always more
+    control.
+    """
+
+    def __init__(self, evaluate: Callable[[float], Evaluation], budget: float) -> None:
+        self.tried: dict[float, Evaluation] = {}
+        self._evaluate, self._budget = evaluate, budget
+
+    def step(self, half: Half) -> None:
+        """One evaluation, where it tells most about this half's budget."""
+        strength = self.following(half)
+        self.tried[strength] = self._evaluate(strength)
+
+    def following(self, half: Half) -> float:
+        """The strength to evaluate next."""
+        if not self.tried:
+            return 1.0
+        costs = {strength: found.cost(half) for strength, found in self.tried.items()}
+        inside = [strength for strength, cost in costs.items() if cost <= self._budget]
+        high = min((s for s, cost in costs.items() if cost > self._budget), default=math.inf)
+        low = max((s for s in inside if s < high), default=0.0)
+        spent = costs[low] >= 0.9 * self._budget if low else False
+        if spent or low >= MOST or high < 1.05 * low:
+            return self._below(low)
+        near = low or high
+        guess = near * math.sqrt(0.97 * self._budget / costs[near]) if costs[near] else 10 * near
+        guess = min(max(guess, near / 10), near * 10, MOST)
+        if low < guess < high:
+            return guess
+        return (low + high) / 2 if low else high / 4
+
+    def _below(self, limit: float) -> float:
+        """The middle of the widest gap that is left under the limit, in fractions of it."""
+        marks = sorted({0.0, limit, *(s for s in self.tried if s < limit)})
+        before, after = max(pairwise(marks), key=lambda gap: gap[1] - gap[0])
+        return (before + after) / 2
+
+    def best(self, half: Half) -> Evaluation | None:
+        """The most control within the budget; None where nothing was within it."""
+        inside = [e for e in self.tried.values() if e.cost(half) <= self._budget]
+        return max(inside, key=lambda e: (e.control, -e.strength), default=None)
