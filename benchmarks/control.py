@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from innsteer.backends.lora import Adapted, LoRA, LoRATraining
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.files import write_json
+from innsteer.fitting import record_parts
 from innsteer.gating import Gate, Gated, auroc, fit_gate, mahalanobis
 from innsteer.interventions import Edit, Shift
 from innsteer.metrics import get as metric
@@ -84,8 +86,14 @@ class Cell:
     places: dict[str, list[int]]
     acts: Activations
     seed: int
+    contrast: Contrast
     reworded: Through | None = None
     nuisances: int = 0
+
+    @cached_property
+    def classes(self) -> Activations:
+        """Rows of both answers as they are recorded, which seek no target."""
+        return record_parts(self.backend, self.contrast, [SITE])
 
     @property
     def behaviour(self) -> str:
@@ -145,7 +153,8 @@ def open_cell(
         start += len(reference.ids)
     fit = run.among(places["fit"] + places["neutral_fit"])
     nuisances = more if mark == "~" else 0
-    return Cell(name, backend, run, fit, places, fit.rows(), int(seed), nuisances=nuisances)
+    acts = fit.rows()
+    return Cell(name, backend, run, fit, places, acts, int(seed), contrast, nuisances=nuisances)
 
 
 def parsed(wording: str) -> tuple[str, str, int]:
@@ -368,6 +377,11 @@ def rows(name: str, **fields: Any) -> Fit:
     return lambda cell: steerer.get(name, **fields).fit(cell.acts, seed=cell.seed)
 
 
+def published(name: str, **fields: Any) -> Fit:
+    """A method fitted on recorded classes, as its paper has it."""
+    return lambda cell: steerer.get(name, **fields).fit(cell.classes, seed=cell.seed)
+
+
 def through(name: str, **fields: Any) -> Fit:
     """A method fitted through the model."""
     return lambda cell: steerer.get(name, **fields).fit_through(cell.fit, seed=cell.seed)
@@ -517,6 +531,11 @@ ARMS: dict[str, Fit] = {
     "innsteer_paper": rows("innsteer", subspace=64),
     "innsteer_translation": rows("innsteer", objective="target", family="translation", epochs=60),
     "innsteer_couplings": rows("innsteer", objective="target", couplings=4, epochs=60),
+    "mimic_classes": published("mimic"),
+    "linear_act_classes": published("linear_act"),
+    "odesteer_classes": published("odesteer", components=2000),
+    "diffmean_classes": published("diffmean"),
+    "innsteer_classes": published("innsteer"),
 }
 SPOKEN = ("innsteer", "condgrad_lda_polished", "loreft_tanh_lda")
 """Arms whose answers are sampled: in a wording that asks for an answer, the others' are not."""
