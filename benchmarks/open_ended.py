@@ -116,7 +116,7 @@ def main() -> None:
     aim: dict[str, Any] = {"objective": "target", "sites": sites}
     kept = control.HERE.parent / "runs" / f"open-ended-{asked.behaviour}"
     if not kept.exists():
-        fitting.fit(model, contrast, unmoved=suites.neutral("fit"), **aim).save(kept)
+        fitting.fit(model, contrast, **aim).save(kept)
     ours = Steering.load(kept)
     say(f"fitted in {time.perf_counter() - started:.0f} s")
     arms: dict[str, Interventions] = {

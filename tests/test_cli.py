@@ -18,6 +18,7 @@ from innsteer.activations import Activations
 from innsteer.backends import hf
 from innsteer.backends.base import Completion
 from innsteer.backends.memo import Memo
+from innsteer.cli.options import strength_of
 from innsteer.contrast import Contrast
 from innsteer.report import Report
 from innsteer.steering import Steering
@@ -152,7 +153,9 @@ def test_behaviours_are_fitted_added_tuned_and_mixed(run, home):
     words = ("interference", "both", "likes.jsonl", "owns.jsonl", "-s", "likes@1+owns@-2")
     code, out, err = run(*words)
     assert code == 0 and "effect kept" in out and " 1. likes" in out, err
-    assert "likes=1,owns=-2" in following(out)
+    proposed = following(out)
+    mix = proposed[proposed.index("--strength") + 1]
+    assert strength_of(mix) == {"likes": "1", "owns": "-2"}
     found = json.loads(run(*words, "--json")[1])
     assert found["strengths"] == [1.0, -2.0] and len(found["alone"]) == 2
     code, out, err = run("generate", "both", "Hi", "-n", "2", "-s", "likes@1+owns@-2")
@@ -1070,6 +1073,11 @@ def test_fit_on_a_table_of_concepts_and_generate_by_words(run, field):
     assert first["answers"] == same["answers"] and first["identity"] == same["identity"]
     assert first["identity"] != other["identity"] != Steering.load(field).identity
     assert first["answers"][0]["steered_tokens"] > 0
+    for verb in ("inspect", "doctor"):
+        code, out, err = run(verb, field)
+        assert code == 0, err
+        words = following(out)
+        assert words[words.index("--concept") + 1] == "brave"
 
 
 def test_generate_without_the_concept_that_is_asked_for_is_refused(run, field):

@@ -203,9 +203,12 @@ def test_a_run_sees_no_test_item_and_the_fitting_part_of_the_unmoved_statements(
     assert len(own.unmoved) == 42 and len(own.rows().unmoved(Site(1))) == 2
 
 
-def test_open_answers_have_no_statements_to_leave_alone(model):
+def test_open_answers_leave_neutral_prompts_alone(model):
+    count = len(suites.neutral("fit"))
     run = fitting.through(model, OPEN, [Site(1)])
-    assert len(run.rows().unmoved(Site(1))) == 0 and len(run.unmoved) == 40
+    assert len(run.rows().unmoved(Site(1))) == count and len(run.unmoved) == count + 40
+    none = fitting.through(model, OPEN, [Site(1)], unmoved=())
+    assert len(none.rows().unmoved(Site(1))) == 0 and len(none.unmoved) == 40
 
 
 def test_what_a_fit_through_the_model_saw_is_no_place_to_measure(asked, sought):
@@ -335,7 +338,9 @@ def test_unmoved_prompts_gate_an_open_behaviour_and_are_refused_where_nothing_is
     aim = {"objective": "target", "polish": 0}
     gated = fitting.fit(model, OPEN, sites=[Site(1)], unmoved=prompts, **aim)
     assert gated.interventions.contextual
-    assert not fitting.fit(model, OPEN, sites=[Site(1)], **aim).interventions.contextual
+    assert fitting.fit(model, OPEN, sites=[Site(1)], **aim).interventions.contextual
+    bare = fitting.fit(model, OPEN, sites=[Site(1)], unmoved=(), **aim)
+    assert not bare.interventions.contextual
     with pytest.raises(InputError, match="unmoved prompts for 'diffmean'"):
         fitting.fit(model, OPEN, "diffmean", unmoved=prompts)
 

@@ -177,8 +177,9 @@ def through(
         sites: default: one site half way up.
         unmoved: bare prompts whose answer an edit shall not change; default: for Yes/No questions
             the package's unrelated statements in the contrast's own wording (their fitting part,
-            of which neither tuning nor evaluation sees a kind), for others none. Beside them stand
-            some of these statements as plain prompts, with the model's own answers.
+            of which neither tuning nor evaluation sees a kind), for open answers the package's
+            neutral prompts, for other choices none. Beside them stand some of these statements as
+            plain prompts, with the model's own answers.
         reworded: record the statements among them in the package's five paraphrases too, in turn:
             what wording does to a row, which ``nuisances`` of a method leave out.
     """
@@ -186,6 +187,8 @@ def through(
     contrasts = each(contrast)
     parts = [_fitted_part(one) for one in contrasts]
     bare = suites.in_format_of(contrasts, "fit") if unmoved is None else tuple(unmoved)
+    if unmoved is None and all(one.kind == "open" for one in contrasts):
+        bare = suites.neutral("fit")  # without a point that stays, nothing could close a gate
     plain = suites.unmoved("fit", "{statement}")[::4]
     references = [
         *([backend.reference(bare, None)] if bare else []),

@@ -79,7 +79,8 @@ def _status(name: str) -> int:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a fit takes, at most: early stopping and short answers take less.
+    """What a fit takes: passes and time at most, because training may stop early and answers be
+    short; of memory about, fits took up to 1.3 times as much.
 
     Attributes:
         items: of the training and validation parts. tokens: of their texts, both sides.

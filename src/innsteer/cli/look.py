@@ -14,6 +14,7 @@ from innsteer.cli.options import (
     MODEL,
     SEED,
     base_model,
+    concept_of,
     model_option,
     open_contrast,
     open_model,
@@ -92,7 +93,7 @@ def doctor(
         text += f"; {steering} was fitted on it, and its files match its seal"
     words = model_option(model or (source_of(fitted) if fitted else ""))
     following = (
-        command_line("generate", steering, "Hello", *words)
+        command_line("generate", steering, "Hello", *concept_of(fitted), *words)
         if fitted
         else command_line("fit", "critical", *words, "--out", "my-steering")
     )

@@ -464,7 +464,7 @@ def interference(
         print_json(found.to_json())
         return
     out.print(escape(found.text()))
-    mix = ",".join(f"{name}={s:.4g}" for name, s in found.mix.items())
+    mix = "+".join(f"{name}@{s:.4g}" for name, s in found.mix.items())
     next_command(
         command_line(
             "generate",

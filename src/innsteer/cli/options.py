@@ -243,6 +243,13 @@ def mixed(steering: Any, behaviour: str) -> list[str]:
     return ["--strength", f"{behaviour}@{'budget' if behaviour in steering.calibration else 1}"]
 
 
+def concept_of(steering: Any) -> list[str]:
+    """The option that names a concept, for the next command, where a map must be told one."""
+    if "concept" not in steering.interventions.asks:
+        return []
+    return ["--concept", next(iter(steering.provenance.get("concepts", [])), "polite")]
+
+
 def check_rows(acts: Any, rows: object, contrast: Any, data: str, together: bool) -> None:
     """Refuse rows that are not of this data, or of several layers without a word about them."""
     used = tuple(item for item in contrast.items if item.split in ("train", "validation"))

@@ -15,6 +15,7 @@ from innsteer.cli.options import (
     STEERING,
     STRENGTH,
     base_model,
+    concept_of,
     mixed,
     model_option,
     open_contrast,
@@ -55,7 +56,7 @@ def inspect(steering: STEERING, as_json: JSON = False) -> None:
         if fitted.calibration:
             out.print(dose_table(fitted))
     tuned = next(iter(fitted.calibration), fitted.behaviours[0])
-    words = (*mixed(fitted, tuned), *model_option(source_of(fitted)))
+    words = (*mixed(fitted, tuned), *concept_of(fitted), *model_option(source_of(fitted)))
     following = command_line("generate", steering, "Hello", *words)
     finish(as_json, facts, "every file matches its seal", following)
 
