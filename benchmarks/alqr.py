@@ -48,6 +48,7 @@ from innsteer.hooks import Attachment
 from innsteer.metrics import get as metric
 from innsteer.planning import Peak
 from innsteer.site import Site
+from innsteer.steerers.alqr import ALQR, LEVELS
 from innsteer.steering import Steering
 from innsteer.suites import persona
 from innsteer.tuning import control, control_meter, control_metric
@@ -66,7 +67,7 @@ ARMS = [
     Contender.of("diffmean"),
 ]
 """The closed loop, what it is compared with, and CAA last."""
-LEVELS = [Contender.of("alqr", setpoint=level) for level in (1.0, 1.5, 2.5, 3.0, 3.5)]
+OTHERS = [Contender.of("alqr", setpoint=level) for level in LEVELS if level != ALQR().setpoint]
 """The other set-points of the authors' grid."""
 STAGES = ("linearity", "fit", "overhead", "small", "compare", "levels", "displacement")
 PARTS = {"train": 150, "validation": 40, "test": 80}
@@ -244,7 +245,7 @@ def compared(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
 
 def levelled(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
     """The closed loop ahead of itself at other set-points."""
-    rows = cells(backend, tasks, LEVELS)
+    rows = cells(backend, tasks, OTHERS)
     rows.run(progress=say)
     beside = Comparison(backend, tasks, WORK / "cells", contenders=[CLOSED])
     return ahead([*beside.found(), *rows.found()], CLOSED.name, "set-points, ")
@@ -375,7 +376,7 @@ def save(stage: str, figures: Sequence[Figure], seconds: float) -> None:
 def left(backend: HF, tasks: Sequence[Contrast]) -> str:
     """What the stages of cells have still to do, by what cells took so far."""
     told = []
-    for name, rows in (("compare", None), ("levels", LEVELS)):
+    for name, rows in (("compare", None), ("levels", OTHERS)):
         for task in tasks:
             plan = cells(backend, [task], rows).plan()
             hours = "" if plan["seconds"] is None else f", about {plan['seconds'] / 3600:.1f} hours"

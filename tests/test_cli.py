@@ -426,12 +426,12 @@ BAD = {
     ),
     "field's type": (
         ["fit", "mine.jsonl", "-o", "x", "--set", "hidden=many"],
-        "--set hidden=many: Input should be a valid integer",
+        "hidden=many of method 'innsteer': Input should be a valid integer",
     ),
     "field's value": (["fit", "mine.jsonl", "-o", "x", "--set", "hidden=0"], "hidden"),
     "field's name": (
         ["fit", "mine.jsonl", "-o", "x", "--set", "mixing=lux"],
-        "--set mixing=lux: Input should be 'permute'",
+        "unknown mixing 'lux'; expected one of permute",
     ),
     "behaviour": (["fit", "critcal", "-o", "x"], "did you mean 'critical'"),
     "file": (["fit", "gone.jsonl", "-o", "x"], "gone.jsonl cannot be read"),

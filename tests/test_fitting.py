@@ -238,6 +238,25 @@ def test_reads_and_scopes_that_a_fit_through_the_model_cannot_honour_are_refused
         fitting.fit(model, asked, "condgrad", sites=[Site(1)], **how)
 
 
+def test_a_scope_that_cannot_be_is_refused_before_the_model_runs(model, asked, monkeypatch):
+    monkeypatch.setattr(fitting, "through", None)
+    with pytest.raises(InputError, match="scope all"):
+        fitting.fit(model, asked, objective="target", where=Where("all"))
+
+
+def test_recorded_answers_are_no_rows_for_what_is_fitted_through_the_model(model, asked, tmp_path):
+    acts = fitting.record_parts(model, asked, [Site(1)])
+    for method in (get("innsteer", objective="target"), get("condgrad"), get("loreft")):
+        with pytest.raises(InputError, match="rows of recorded answers.*leave out --rows"):
+            fitting.fit_rows(model, method, acts)
+    folder = tmp_path / "rows"
+    sought = fitting.fit(model, asked, "condgrad", sites=[Site(1)], folder=folder)
+    again = fitting.fit_rows(model, get("condgrad"), Activations.load(folder))
+    assert again.interventions[Site(1)].state_dict().keys() == (
+        sought.interventions[Site(1)].state_dict().keys()
+    )
+
+
 def test_a_fit_through_the_model_without_training_items_is_refused(model):
     with pytest.raises(InputError, match="no training items"):
         fitting.fit(model, contrast(yes_or_no, parts=("validation", "test")), "condgrad")

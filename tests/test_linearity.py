@@ -11,7 +11,7 @@ import tiny
 from backends.test_local import at_last, through_one_block
 from innsteer import fitting, linearity
 from innsteer.backends.hf import HF
-from innsteer.backends.local import perturbed
+from innsteer.backends.local import Read, mean_jacobians, perturbed
 from innsteer.errors import InputError
 from innsteer.site import Site, Where
 from words import contrast, yes_or_no
@@ -64,6 +64,27 @@ def test_the_shared_map_misses_more_and_one_prompt_alone_nothing_more(model, fou
     twice = linearity.linearity(model, PROMPTS[:1] * 2, scales=(0.1,))
     torch.testing.assert_close(torch.tensor(twice.own), torch.tensor(twice.shared))
     assert twice.alignment == pytest.approx([1.0] * 4, abs=1e-4)
+
+
+def test_the_shared_map_is_the_mean_of_the_prompts_own(model):
+    """By the whole Jacobians, and the same whichever prompt comes first."""
+    found, turned = (linearity.linearity(model, p, scales=(0.1,)) for p in (PROMPTS, PROMPTS[::-1]))
+    for one, other in zip(found.shared, turned.shared, strict=True):
+        assert one == pytest.approx(other, rel=1e-4)
+    backend = HF(model)
+    texts = [Read(e.ids, e.prompt, {"weight": 1.0}) for e in map(model.encode, PROMPTS)]
+    looks = torch.randn(linearity.DIRECTIONS, 32, generator=torch.Generator().manual_seed(0))
+    looks = looks / looks.norm(dim=-1, keepdim=True)
+    for block in range(4):
+        mean = mean_jacobians(backend, texts, [block])[block]
+        ratios = []
+        for text in texts:
+            x = at_last(model, torch.tensor(text.ids), block)
+            rows = perturbed(backend, text.ids, torch.cat([looks[:1] * 0, 0.1 * looks]))[block]
+            moved = rows[1:] - rows[:1]
+            left = moved - 0.1 * x.norm() * looks @ mean.mT
+            ratios.append((left.norm(dim=-1) / moved.norm(dim=-1)).mean())
+        assert found.shared[block][0] == pytest.approx(torch.stack(ratios).mean().item(), rel=1e-3)
 
 
 def test_prompts_align_more_than_chance_and_less_than_wholly(found):
@@ -181,11 +202,21 @@ def test_on_a_linear_chain_the_linear_model_is_the_truth(monkeypatch):
     assert max(tracked.lipschitz) < 1e-3
 
 
+def test_tracking_draws_as_the_fit_did(model):
+    steering = fitting.fit(model, CHOICE, "alqr", prompts=3, seed=3)
+    own, asked, other = (
+        linearity.tracking(model, steering, CHOICE, **how) for how in ({}, {"seed": 3}, {"seed": 0})
+    )
+    assert own == asked and own.predicted != other.predicted
+
+
 def test_what_has_no_tracking_error_is_refused(model, fitted):
     for other in ("diffmean", "pid"):
         steering = fitting.fit(model, contrast(), other)
         with pytest.raises(InputError, match=f"'{other}'"):
             linearity.tracking(model, steering, contrast())
+    with pytest.raises(InputError, match="contrast of 'other'"):
+        linearity.tracking(model, fitted, replace(CHOICE, behaviour="other"))
     twin = replace(fitted, steerer=replace(fitted.steerer, loop="open"))
     with pytest.raises(InputError, match="closed loop"):
         linearity.tracking(model, twin, contrast())

@@ -1,5 +1,8 @@
 """get(), Intervention and Interventions."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 
@@ -102,3 +105,22 @@ def test_an_edit_refuses_strengths_that_are_no_finite_rows(coef):
 
 def test_a_shift_has_nothing_to_train():
     assert trainable(Shift(3)) == []
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "said"),
+    [
+        ("alqr", {"prompts": math.nan}, "prompts=nan of method 'alqr'"),
+        ("alqr", {"q": "a"}, "q=a of method 'alqr'"),
+        ("innsteer", {"epochs": 1.5}, "epochs=1.5 of method 'innsteer'"),
+        ("flas", {"batch": "eight"}, "batch=eight of method 'flas'"),
+    ],
+)
+def test_a_value_of_another_type_is_refused_with_its_name(method, fields, said):
+    with pytest.raises(InputError, match=said):
+        get(method, **fields)
+
+
+def test_values_come_in_the_types_that_fields_declare():
+    assert get("ridge", grid=[1, 10]).grid == (1.0, 10.0)
+    assert get("innsteer", epochs=np.int64(3)).epochs == 3

@@ -145,6 +145,7 @@ def fit(
                 seed=seed,
                 progress=progress,
             )
+        _require_generated(steerer, where)
         again = steerer.rewords
         run = through(model, contrast, sites, unmoved=unmoved, reworded=again, progress=progress)
         return fit_run(
@@ -241,11 +242,8 @@ def fit_run(
         InputError: another scope than ``generated``: kept prefixes end at the last prompt token. A
             chain of linear blocks keeps none, and takes any.
     """
-    if where != Where() and not isinstance(run, Local):
-        raise InputError(
-            f"scope {where} for {steerer.name!r}, which is fitted through the model",
-            expected="scope generated",
-        )
+    if not isinstance(run, Local):
+        _require_generated(steerer, where)
     progress("fit", 0, 1)
     started = time.perf_counter()
     # A method that takes a chain says so by its needs.
@@ -256,7 +254,19 @@ def fit_run(
     acts = replace(acts, provenance={**acts.provenance, **_origin(contrast)})
     if folder is not None:
         acts.save(folder)
-    return _fitted(model, steerer, fitted, acts, where, seed, seconds)
+    steering = _fitted(model, steerer, fitted, acts, where, seed, seconds)
+    if isinstance(run, Local) and run.errors:
+        steering.provenance["diagnostics"]["low_rank_error"] = max(run.errors.values())
+    return steering
+
+
+def _require_generated(steerer: Steerer, where: Where) -> None:
+    """Refuse another scope than what kept prefixes allow."""
+    if where != Where():
+        raise InputError(
+            f"scope {where} for {steerer.name!r}, which is fitted through the model",
+            expected="scope generated",
+        )
 
 
 def fit_concepts(
@@ -266,7 +276,7 @@ def fit_concepts(
     *,
     site: Site | None = None,
     longest: int = 128,
-    half: bool = False,
+    half: bool | None = None,
     checkpoint: str | Path | None = None,
     seed: int = 0,
     progress: Progress = silent,
@@ -279,6 +289,7 @@ def fit_concepts(
         method: one that needs concepts. site: a block's output; default: two thirds up.
         longest: tokens of a response that count.
         half: multiply by the frozen blocks above the site in bfloat16; the map stays in float32.
+            Default: where the model runs on a GPU.
         checkpoint: a file that an interrupted training goes on from; it is left when it ends.
         **fields: of the method.
 
@@ -307,7 +318,7 @@ def fit_concepts(
         "concepts": list(concepts.named("train")),
         "responses": {part: len(concepts.part(part)) for part in ("train", "validation", "test")},
         "longest": longest,
-        "half": half,
+        "half": run.half,
         "seed": seed,
         "fit_seconds": round(time.perf_counter() - started, 3),
         "torch": torch.__version__,
@@ -396,7 +407,14 @@ def fit_rows(
 
     Raises:
         MismatchError: the rows were recorded on another model.
+        InputError: they are recorded answers, where the method wants rows that seek the target.
     """
+    if steerer.through and acts.provenance.get("seeks") != "target":
+        raise InputError(
+            f"rows of recorded answers for {steerer.name!r}, which is fitted through the model",
+            expected="rows that seek the target, made by the model's gradients",
+            remedy="fit without rows of your own: leave out --rows",
+        )
     recorded, own = acts.provenance.get("fingerprint"), HF.of(model).model
     if recorded and (other := Fingerprint(**recorded).differs(own.fingerprint)):
         raise MismatchError(

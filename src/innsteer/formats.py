@@ -4,6 +4,7 @@ Knows no model and no split. A new format is one function and one line in `_FORM
 file is one function and one line in `_READERS`.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -151,6 +152,17 @@ def is_readable(path: Path) -> bool:
     return _inner(path).suffix.lower() in _READERS
 
 
+def is_plain(path: Path) -> bool:
+    """Whether a file is text without columns: .txt, or .txt.gz."""
+    return _inner(path).suffix.lower() == ".txt"
+
+
+def plain_lines(path: Path) -> list[str]:
+    """A text's lines that say something."""
+    lines = decoded(unpacked(path), str(path)).splitlines()
+    return [line.strip() for line in lines if line.strip()]
+
+
 def _inner(path: Path) -> Path:
     """A file's name without what says that it is packed."""
     return path.with_suffix("") if path.suffix == ".gz" else path
@@ -192,7 +204,7 @@ def _tsv(data: bytes, file: str) -> list[Row]:
 
 def _table(data: bytes, file: str, **how: Any) -> list[Row]:
     """Rows under a first line of column names; an empty cell is an absent one."""
-    text = decoded(data.removeprefix(b"\xef\xbb\xbf"), file)
+    text = decoded(data, file)
     # One cell may be a whole document; the default limit is 128 kB.
     before = csv.field_size_limit(max(len(text), 1))
     rows = []
@@ -231,7 +243,7 @@ def _table(data: bytes, file: str, **how: Any) -> list[Row]:
 def _text(data: bytes, file: str) -> list[Row]:
     """Text pairs, one per line: the text without the behaviour, a tab, the text with it."""
     rows = []
-    for n, line in enumerate(decoded(data.removeprefix(b"\xef\xbb\xbf"), file).split("\n"), 1):
+    for n, line in enumerate(decoded(data, file).split("\n"), 1):
         if not line.strip():
             continue
         cells = line.rstrip("\r").split("\t")
@@ -261,9 +273,9 @@ def _parquet(data: bytes, file: str) -> list[Row]:
 
 
 def decoded(data: bytes, file: str, line: int | None = None) -> str:
-    """The text of a file in UTF-8, or of one of its lines."""
+    """The text of a file in UTF-8, without its byte-order mark, or of one of its lines."""
     try:
-        return data.decode()
+        return data.removeprefix(codecs.BOM_UTF8).decode()
     except UnicodeDecodeError as error:
         place = line or data[: error.start].count(b"\n") + 1
         raise DataError(

@@ -201,11 +201,26 @@ class Edit:
             )
         asks = self.interventions.asks
         for given in self.told or ({},):
-            if set(given) != set(asks) or not all(value.strip() for value in given.values()):
+            whole = all(isinstance(value, str) and value.strip() for value in given.values())
+            if set(given) != set(asks) or not whole:
                 raise InputError(
                     f"the parameters {dict(given)} of a steering",
                     expected=" and ".join(f"{name}, some text" for name in asks) or "none",
                     remedy='say it as steering.told(NAME=TEXT), or in a request NAME="TEXT"',
+                )
+
+    def require(self, count: int) -> None:
+        """Refuse rows of strengths, or sets of parameters, that so many sequences do not have.
+
+        Raises:
+            InputError: several, and not one for each sequence.
+        """
+        rows = len(self.coef) if self.coef.ndim == 2 else count
+        for what, given in (("rows of strengths", rows), ("sets of parameters", len(self.told))):
+            if given != count and not (given < 2 and what == "sets of parameters"):
+                raise InputError(
+                    f"{given} {what} for {count} sequences",
+                    expected="one for all of them, or one for each, in their order",
                 )
 
     def of(self, index: Sequence[int]) -> "Edit":

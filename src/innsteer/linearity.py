@@ -24,12 +24,13 @@ from innsteer.control import error_bound
 from innsteer.errors import InputError
 from innsteer.files import fresh_folder, write_json, write_text
 from innsteer.fitting import linearised
-from innsteer.formats import decoded, is_readable, read_file, unpacked
+from innsteer.formats import is_plain, is_readable, plain_lines, read_file
 from innsteer.models import LanguageModel
 from innsteer.report import pages
 from innsteer.steerers.alqr import ALQR, Feedback
 from innsteer.steering import Steering
 from innsteer.suites import behaviour as suites
+from innsteer.tuning import require_own
 
 SCALES = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0)
 """Lengths of a perturbation, as shares of the row that is perturbed."""
@@ -96,10 +97,9 @@ def prompts(path: str | Path | None, most: int) -> list[str]:
     if path is None:
         return [str(one.conversation) for one in suites.neutral("validation")[:most]]
     place = Path(path).expanduser()
-    if is_readable(place) and ".txt" not in place.suffixes:
+    if is_readable(place) and not is_plain(place):
         return [row.text("prompt") for row in read_file(place)[:most]]
-    lines = decoded(unpacked(place), str(place)).splitlines()
-    return [line for line in lines if line.strip()][:most]
+    return plain_lines(place)[:most]
 
 
 def linearity(
@@ -219,13 +219,25 @@ def _alignment(bases: Sequence[Tensor]) -> float:
 # --- a regulator against its bound ---------------------------------------------------------------
 
 
+def require_loop(steering: Steering, contrast: Contrast) -> ALQR:
+    """Refuse what has no tracking error, before anything runs."""
+    method = steering.steerer
+    if not isinstance(method, ALQR) or method.loop != "closed" or len(steering.behaviours) != 1:
+        raise InputError(
+            f"the tracking error of {method.name!r} with {len(steering.behaviours)} behaviours",
+            expected="a closed loop of alqr for one behaviour",
+        )
+    require_own(steering, contrast)
+    return method
+
+
 def tracking(
     model: LanguageModel | HF,
     steering: Steering,
     contrast: Contrast,
     *,
     chain: Local | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     progress: Progress = silent,
 ) -> Tracking:
     """Errors of a fitted A-LQR at strength 1 on training texts of the source side, and their bound.
@@ -237,18 +249,15 @@ def tracking(
     Args:
         steering: of one behaviour; it edits where it says. contrast: that it was fitted on.
         chain: of that fit and seed, whose Jacobians are not made again; default: a new one.
+        seed: of the draws of texts; default: the fit's own, which its Jacobians are of.
 
     Raises:
-        InputError: another method, an open loop, or several behaviours.
+        InputError: another method, an open loop, several behaviours, or data of another one.
         MismatchError: a steering of another model.
         PositionError: one of scope ``assistant``, which needs the turns of conversations.
     """
-    method, maps = steering.steerer, steering.interventions
-    if not isinstance(method, ALQR) or method.loop != "closed" or len(steering.behaviours) != 1:
-        raise InputError(
-            f"the tracking error of {method.name!r} with {len(steering.behaviours)} behaviours",
-            expected="a closed loop of alqr for one behaviour",
-        )
+    method, maps = require_loop(steering, contrast), steering.interventions
+    seed = int(steering.provenance.get("seed", 0)) if seed is None else seed
     backend = HF.of(model)
     steering.check(backend.model)
     chain = chain or linearised(backend, contrast, list(maps), progress=progress)

@@ -107,6 +107,16 @@ class Plan:
         return asdict(self) | {"peak": sum(self.memory.values()), "total_seconds": total}
 
 
+def require_contrasts(steerer: Steerer) -> None:
+    """Refuse a method that is not fitted on contrasts, before any is read."""
+    if "concepts" in steerer.needs:
+        raise InputError(
+            f"a plan for {steerer.name!r}, which learns from concepts in words",
+            expected="a method that is fitted on contrasts",
+            remedy="time a few steps: --set updates=10; the training itself can be interrupted",
+        )
+
+
 def plan(
     model: LanguageModel,
     contrast: Contrasts,
@@ -131,12 +141,7 @@ def plan(
         InputError: what ``fit`` would refuse of these arguments and data.
     """
     steerer = get(method, **fields) if isinstance(method, str) else method
-    if "concepts" in steerer.needs:
-        raise InputError(
-            f"a plan for {steerer.name!r}, which learns from concepts in words",
-            expected="a method that is fitted on contrasts",
-            remedy="time a few steps: --set updates=10; the training itself can be interrupted",
-        )
+    require_contrasts(steerer)
     contrasts = each(contrast)
     backend = Rehearsal(model, draw=measure)
     if steerer.through and (read is not None or span != (0, None)):

@@ -10,16 +10,18 @@ import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 
 from innsteer import shelf
 from innsteer.activations import Activations
-from innsteer.errors import InputError, UnknownName
+from innsteer.errors import InnsteerError, InputError, UnknownName
 from innsteer.site import Site
 from innsteer.tokens import Encode, Parameters, TokenContext
 
@@ -619,9 +621,9 @@ class Steerer(ABC):
         """What a map of concepts makes of the validation part, or else of the training part.
 
         Mean log-probability per token in nats of at most 64 responses at strength 1: told its own
-        ``concept``, told an ``other`` of the table, and of the ``plain`` model. ``usable_from`` and
-        ``usable_to`` are the strengths around 1, of those tried, at which the first lies above the
-        last; where it does not at 1, there are none.
+        ``concept``, told an ``other`` of the table (where it has one), and of the ``plain`` model.
+        ``usable_from`` and ``usable_to`` are the strengths around 1, of those tried, at which the
+        first lies above the last; where it does not at 1, there are none.
         """
         items = (run.items("validation") or run.items())[:64]
         named = list(dict.fromkeys(run.concept(item) for item in run.items()))
@@ -632,9 +634,11 @@ class Steerer(ABC):
         with torch.no_grad():
             found = {
                 "concept": run.told(fitted, items, ones),
-                "other": run.told(fitted, items, ones, [after.get(c, named[0]) for c in own]),
                 "plain": run.told(None, items, ones),
             }
+            if len(named) > 1 or set(own) != set(named):
+                others = [after.get(c, named[0]) for c in own]
+                found["other"] = run.told(fitted, items, ones, others)
             told = {name: float(values.mean()) for name, values in found.items()}
             raised = {
                 strength: float(run.told(fitted, items, [strength] * len(items)).mean())
@@ -727,7 +731,8 @@ def get(name: str, **fields: Any) -> Steerer:
 
     Raises:
         UnknownName: no such method, or it has no such field.
-        InputError: the method's module does not hold exactly one steerer.
+        InputError: a value that its field does not take, or the method's module does not hold
+            exactly one steerer.
 
     >>> get("diffmean").name
     'diffmean'
@@ -752,4 +757,22 @@ def get(name: str, **fields: Any) -> Steerer:
     for field in fields:
         if field not in known:
             raise UnknownName(f"field of method {name!r}:", field, known)
-    return kinds[0](**fields)
+    try:
+        steerer: Steerer = _adapter(kinds[0]).validate_python(fields)
+    except ValidationError as error:
+        try:
+            kinds[0](**fields)
+        except InnsteerError as own:
+            raise own from None  # the method's own refusal is its own message
+        except (TypeError, ValueError):
+            pass  # a type that it did not look for
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise InputError(f"{place}={first['input']} of method {name!r}: {first['msg']}") from None
+    return steerer
+
+
+@cache
+def _adapter(kind: type[Steerer]) -> TypeAdapter[Any]:
+    """What checks the fields of a method by their declared types."""
+    return TypeAdapter(kind)

@@ -12,6 +12,7 @@ import torch
 
 import tiny
 from innsteer import cli
+from innsteer.axbench import detecting
 from innsteer.axbench import protocol as axbench
 from innsteer.axbench.protocol import (
     FORMS,
@@ -314,12 +315,12 @@ def test_naming_the_concept_gains_nothing_with_the_stand_in(backend):
 
 
 def test_the_stand_in_follows_its_formula(backend):
-    concept, question, answer = "about ships", "What is 1?", "Sail on, sail on."
+    concept, question, answer = "about ships", "What is 1?", "sail on sail on sail"
     request = axbench.REQUEST.format(concept=concept)
     rows = [Prompt("0", q, (answer,)) for q in (f"{question} {request}", question, axbench.ANY)]
     a, b, c = (torch.tensor(values).double().mean() for (values,) in backend.score(rows))
     want = [2 * (1 - torch.exp(-gain.clamp(min=0))) for gain in (a - b, b - c)]
-    want.append(2 * torch.exp(b))  # three pairs of words, all distinct
+    want.append(2 * torch.exp(b) * 2 / 4)  # two of four pairs of words are distinct
     ((*found,),) = StandIn(backend).rate([Asked(concept, question, answer)])
     assert found == pytest.approx([float(w) for w in want], abs=1e-6)
 
@@ -495,6 +496,20 @@ def test_an_interrupted_run_goes_on(verb, tmp_path, monkeypatch):
     code, _, _ = verb("--by", "stand-in", "--out", "b.json")
     assert code == 0 and memos[-1].replayed > 5
     assert (tmp_path / "b.json").read_bytes() == (tmp_path / "a.json").read_bytes()
+
+
+def test_a_rival_that_is_none_is_refused_before_any_is_fitted(verb, tmp_path, monkeypatch):
+    rows = [
+        {"concept": c, "prompt": f"Q{n}?", "response": f"{c} {n}", "split": "train"}
+        for c in CONCEPTS
+        for n in range(3)
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.setattr(detecting, "fit", None)
+    for also, said in (("diffmean,nope", "unknown method 'nope'"), ("diffmean,flas", "in words")):
+        words = ("--by", "stand-in", "--out", "x.json", "--data", "t.jsonl", "--also", also)
+        code, _, err = verb(*words)
+        assert code == 2 and said in err, err
 
 
 @pytest.mark.parametrize(

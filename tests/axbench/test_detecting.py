@@ -103,6 +103,22 @@ class Deaf(DiffMean):
         return {}
 
 
+def test_so_many_responses_of_a_concept_are_scored(backend, fitted):
+    """The validation part's later ones are of the other concept's letter: they do not count."""
+    rows = [
+        {**vars(r), "response": "a" * 6 if n == 3 else "z" * 9}
+        for n, r in enumerate(TABLE.rows[:6])
+    ]
+    table = Concepts.of(rows + [vars(r) for r in TABLE.rows[6:]])
+    found = {}
+    for most in (1, 36):
+        how = {"most": most}
+        found[most] = detection(backend, table, list(WORDS), {"d": pulled(fitted, 1)}, **how)[1][
+            "d"
+        ]
+    assert found[1]["full of a"] == 1.0 > found[36]["full of a"]
+
+
 def test_methods_say_themselves_what_they_read_by(backend):
     deaf = fit_each(backend, TABLE, list(WORDS), "diffmean", site=Site(1), sampling=FEW)
     deaf = {c: replace(one, steerer=Deaf()) for c, one in deaf.items()}

@@ -111,6 +111,8 @@ def test_concepts_are_read_from_lines_and_tables(tmp_path):
     (tmp_path / "a.txt").write_text("polite\n\n about ships \npolite\n")
     (tmp_path / "a.csv").write_text("concept,ref\npolite,1\nabout ships,2\n")
     assert read_concepts(tmp_path / "a.txt") == read_concepts(tmp_path / "a.csv") == CONCEPTS
+    (tmp_path / "B.TXT").write_text("\ufeffpolite\nabout ships\n", encoding="utf-8")
+    assert read_concepts(tmp_path / "B.TXT") == CONCEPTS
     (tmp_path / "none.txt").write_text("\n")
     (tmp_path / "other.csv").write_text("name\nx\n")
     for name in ("none.txt", "other.csv", "absent.txt"):
@@ -135,6 +137,8 @@ def test_the_verb_writes_a_table_that_fit_takes(tmp_path, monkeypatch, capsys):
     table = Concepts.load(tmp_path / "t.jsonl", unseen=0.0)
     assert code == 0 and told["asked"] == 8 and told["kept"] == len(table) > 0
     assert told["share"] == pytest.approx(told["kept"] / 8)
+    code, out, _ = run("--out", "w.jsonl", "--each", "4", "-n", "6", "--model", "tiny")
+    assert code == 0 and out.rstrip().endswith("--method flas --model tiny --out field")
     code, out, _ = run("--out", "u.jsonl", "--each", "4", "-n", "6")
     assert (
         code == 0 and f"{told['share']:.0%}" in out and "innsteer fit u.jsonl --method flas" in out

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tiny
+from edits import asked as told_of
 from edits import bits, edit, hooks_of, seen, shift, told
 from innsteer import files, metrics
 from innsteer.activations import READS, Activations, Rows, ShardWriter
@@ -732,3 +733,26 @@ def test_texts_without_a_prompt_lend_their_first_quarter_to_a_map_that_reads_one
     assert backend.score_text([text], [edit])[0] == pytest.approx(want, rel=1e-5)
     with pytest.raises(InputError, match="a text of . tokens"):
         backend.score_text([text, "a"], [edit])
+
+
+def test_rows_of_strengths_or_parameters_that_no_prompt_has_are_refused(model):
+    backend = HF(model, batch=2)
+    prompts = [Prompt(str(n), "What is tea?", (" Hot.",)) for n in range(4)]
+    maps = shift(model)
+    texts = ["It is hot, and wet.", "It is not.", "Tea.", "No tea here."]
+    meter = backend.meter(backend.reference(prompts, Sampling(3, 1.0)))
+    calls = [
+        lambda edit: backend.generate(prompts, [edit], Sampling(2)),
+        lambda edit: backend.score(prompts, [edit]),
+        lambda edit: backend.score_text(texts, [edit]),
+        lambda edit: meter([edit]),
+    ]
+    for call in calls:
+        for rows in (1, 3, 5):
+            with pytest.raises(InputError, match=f"{rows} rows of strengths for 4 sequences"):
+                call(Edit(maps, torch.ones(rows, 1)))
+        call(Edit(maps, torch.ones(4, 1)))
+    with pytest.raises(InputError, match="3 sets of parameters for 4 sequences"):
+        backend.generate(prompts, [told_of(model, ("a", "b", "c"))], Sampling(2))
+    with pytest.raises(InputError, match="the parameters {'concept': 5}"):
+        told_of(model, (5,))

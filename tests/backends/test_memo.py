@@ -12,7 +12,7 @@ from innsteer import choosing, evaluation, fitting, tuning
 from innsteer.backends.base import Completion, Prompt, Sampling
 from innsteer.backends.hf import HF
 from innsteer.backends.memo import Memo, digest, of_edits
-from innsteer.errors import BudgetError
+from innsteer.errors import BudgetError, InnsteerError
 from innsteer.interventions import Affine, Edit, Shift
 from innsteer.site import Site, Where
 from innsteer.steerer import Interventions
@@ -139,6 +139,7 @@ def test_what_ended_is_replayed_without_the_model(model, tmp_path):
     [
         (None, False),
         (BudgetError("no"), False),
+        (InnsteerError("the judge does not answer"), True),
         (KeyboardInterrupt(), True),
         (OSError(28, "x"), True),
     ],

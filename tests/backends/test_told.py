@@ -8,7 +8,7 @@ from edits import recall
 from innsteer.backends.base import Prompt
 from innsteer.backends.hf import HF
 from innsteer.backends.told import Told
-from innsteer.concepts import Concepts
+from innsteer.concepts import Concepts, Response
 from innsteer.errors import InputError
 from innsteer.interventions import Edit
 from innsteer.site import Site, Where
@@ -155,3 +155,23 @@ def test_a_site_inside_a_block_and_a_table_without_training_rows_are_refused(mod
         Told(HF(model), TABLE, Site(1, "mlp"))
     with pytest.raises(InputError, match="training rows"):
         Told(HF(model), TABLE.part("test"), Site(1))
+
+
+@pytest.mark.parametrize(
+    ("rows", "how", "match"),
+    [
+        ([("x" * 90, "validation")], {}, "1 to 64 tokens"),
+        ([], {"longest": 0}, "responses of 0 tokens"),
+    ],
+)
+def test_what_could_not_be_told_is_refused_before_anything_is_trained(model, rows, how, match):
+    more = tuple(Response(concept, "Q?", "A.", part) for concept, part in rows)
+    with pytest.raises(InputError, match=match):
+        Told(HF(model), Concepts(TABLE.rows + more), Site(1), **how)
+
+
+def test_half_is_for_a_gpu_unless_it_is_said(model, monkeypatch):
+    assert Told(HF(model), TABLE, Site(1)).half is False
+    monkeypatch.setattr(type(model), "device", torch.device("cuda"))
+    assert Told(HF(model), TABLE, Site(1)).half is True
+    assert Told(HF(model), TABLE, Site(1), half=False).half is False

@@ -16,7 +16,7 @@ from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
 from innsteer.setpoints import feature
 from innsteer.site import Site, Where
-from innsteer.steerer import get
+from innsteer.steerer import Interventions, get
 from innsteer.steerers.alqr import ALQR, LEVELS, Feedback
 from innsteer.steering import Steering
 from words import contrast, yes_or_no
@@ -114,6 +114,50 @@ def test_a_clipped_control_keeps_its_direction_and_is_no_longer_than_its_share()
     torch.testing.assert_close(share[1:], torch.full((5,), 0.1))
     cosine = torch.nn.functional.cosine_similarity(*moves)
     torch.testing.assert_close(cosine, torch.ones(6), rtol=0, atol=1e-3)
+    # As the engines apply it: bound to a pass's strengths.
+    bound = tight.bound(ones)
+    moved = bound.write(x, bound.read(x, tight.start(x)))[0] - x
+    torch.testing.assert_close(moved, moves[1])
+
+
+def test_diagnostics_say_how_much_of_an_error_a_block_takes_away_and_how_straight():
+    part = Feedback(2, k=2)
+    part.reads[:] = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    part.writes[:] = torch.tensor([[0.3, 0.4], [0.0, 0.1]])
+    told = ALQR().diagnose(of_gaps(torch.ones(1, 2, 2), k=2), Interventions({Site(0): part}))
+    assert told == pytest.approx({"correction": (0.3 + 0.1) / 2, "straight": (0.6 + 1.0) / 2})
+
+
+def test_the_open_loops_mean_error_is_weighed_and_of_as_many_texts_as_asked():
+    acts = of_gaps(torch.randn(2, 1, 4, generator=torch.Generator().manual_seed(5)))
+    values = {
+        site: h + torch.tensor([[0.0], [3.0], [0.0], [3.0]]) for site, h in acts.values.items()
+    }
+    acts = replace(acts, values=values)
+    weights = acts.rows.weight.copy()
+    weights[0] = 3.0  # of the two source rows
+    asked = []
+
+    class Watched(Given):
+        def inputs(self, interventions=None, **how):
+            asked.append(how)
+            return self.acts if interventions is None else self.acts.where(side="source")
+
+    found = []
+    for weight in (acts.rows.weight, weights):
+        run = Watched(replace(acts, rows=replace(acts.rows, weight=weight)), [torch.eye(4)] * 2)
+        method = ALQR(lowest=0, loop="open", texts=7)
+        # The closed loop in the open one's place: what its rows' errors are.
+        closed = replace(method, loop="closed").fit_through(Given(run.acts, run.matrices))
+        told = method._watched(run, closed, 0)
+        for site, part in closed.items():
+            level = part.levels[0] + part.origins[0]
+            errors = level - run.acts.where(side="source").values[site] @ part.reads[0]
+            share = torch.from_numpy(weight[:2] / weight[:2].sum()).float()
+            torch.testing.assert_close(told[site].float()[0], share @ errors)
+        found.append(torch.stack(list(told.values())))
+    assert not torch.allclose(found[0], found[1])
+    assert {how["most"] for how in asked} == {7}
 
 
 # --- set-points and gains ------------------------------------------------------------------------
@@ -319,6 +363,9 @@ def test_a_few_neighbouring_blocks_will_do_and_a_low_rank_fit_is_near(model):
     exact = fitting.fit(model, OPEN, "alqr", prompts=3, sites=[Site(1), Site(2)])
     near = fitting.fit(model, OPEN, "alqr", prompts=3, sites=[Site(1), Site(2)], rank=28)
     far = fitting.fit(model, OPEN, "alqr", prompts=3, sites=[Site(1), Site(2)], rank=2)
+    lost = [one.provenance["diagnostics"]["low_rank_error"] for one in (near, far)]
+    chain = fitting.linearised(model, OPEN, [Site(1), Site(2)])
+    assert lost[1] == max(chain.low_rank(n, 2, prompts=3).error for n in (1, 2)) > 5 * lost[0] > 0
 
     def off(other):
         return max(

@@ -23,7 +23,7 @@ from innsteer.exchange import as_vector
 from innsteer.fitting import fit, fit_concepts
 from innsteer.hooks import Attachment
 from innsteer.site import Site, Where
-from innsteer.steerer import Interventions
+from innsteer.steerer import USABLE, Interventions
 from innsteer.steerers.flas import FLAS, GATE, Field, Learner, Shape, diversity, shape_of
 from innsteer.steering import Steering
 from innsteer.tokens import TokenContext
@@ -489,7 +489,14 @@ def test_a_field_learns_what_its_concepts_say(learnt, llama):
     told = learnt.provenance["diagnostics"]
     assert told["concept"] > told["plain"] + 2, "the loss has not fallen"
     assert told["concept"] > told["other"] + 1, "the concept's text does not matter"
-    assert told["usable_from"] <= 1 <= told["usable_to"]
+    table, run = taught(llama)
+    held, maps = run.items("validation"), learnt.interventions
+    plain = run.told(None, held, [1.0] * len(held)).mean()
+    above = [bool(run.told(maps, held, [s] * len(held)).mean() > plain) for s in USABLE]
+    ones = list(USABLE).index(1.0)
+    low = max((n for n in range(ones) if not above[n]), default=-1) + 1
+    high = min((n for n in range(ones, len(USABLE)) if not above[n]), default=len(USABLE)) - 1
+    assert (told["usable_from"], told["usable_to"]) == (USABLE[low], USABLE[high])
     course = learnt.provenance["course"]
     assert course["steps"] == [0, 10, 20, 30, 40, 50, 60] and course["gradients"] == 240
     best = min(course["held_out"])
@@ -586,3 +593,11 @@ def test_a_contrast_is_no_table_of_concepts(llama):
         fit(llama, Contrast.load("critical"), "flas")
     with pytest.raises(InputError, match="such as flas"):
         fit_concepts(llama, taught(llama)[0], "diffmean")
+
+
+def test_one_concept_alone_has_no_other_to_be_told(llama):
+    rows = [{"concept": "zoo", "prompt": f"Q{n}?", "response": "zzzz"} for n in range(3)]
+    table = Concepts.of([row | {"split": "train"} for row in rows])
+    found = fit_concepts(llama, table, site=Site(1), **QUICK | {"updates": 1})
+    assert {"concept", "plain"} <= set(found.provenance["diagnostics"])
+    assert "other" not in found.provenance["diagnostics"]

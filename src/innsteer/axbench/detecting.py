@@ -25,7 +25,7 @@ from innsteer.judging import Verdict
 from innsteer.metrics.base import Measured
 from innsteer.report.figures import Figure
 from innsteer.site import Site
-from innsteer.steerer import get
+from innsteer.steerer import Steerer, get
 from innsteer.steering import Steering
 
 AUROC = Verdict("auroc", "probability")
@@ -67,6 +67,22 @@ def contrast_of(
     return Contrast(concept, "open", tuple(items))
 
 
+def require_contrasts(method: str, **fields: Any) -> Steerer:
+    """A method that a concept's responses can be fitted by, before anything runs.
+
+    Raises:
+        UnknownName: no such method or field. InputError: one that learns from concepts in words.
+    """
+    steerer = get(method, **fields)
+    if "concepts" in steerer.needs:
+        raise InputError(
+            f"{method!r} for each concept by itself, which learns from all of them in words",
+            expected="a method that is fitted on contrasts",
+            remedy="it is an arm already: the steering that is scored",
+        )
+    return steerer
+
+
 def fit_each(
     backend: HF,
     table: Concepts,
@@ -89,7 +105,7 @@ def fit_each(
         InputError: a method that needs something else, or see ``contrast_of``.
     """
     where = site or default_site(backend.model)
-    steerer = get(method, **fields)
+    steerer = require_contrasts(method, **fields)
     found = {}
     for number, concept in enumerate(concepts):
         progress(method, number, len(concepts))

@@ -14,7 +14,7 @@ from innsteer.backends.base import Progress, Prompt, Sampling, silent
 from innsteer.backends.hf import HF
 from innsteer.backends.meter import instruct
 from innsteer.errors import DataError, InputError
-from innsteer.formats import read_file
+from innsteer.formats import is_plain, plain_lines, read_file
 from innsteer.judging import Endpoint
 from innsteer.suites import behaviour as suites
 
@@ -64,11 +64,8 @@ def read_concepts(path: str | Path) -> tuple[str, ...]:
         DataError: a file that cannot be read, or without a concept.
     """
     path = Path(path)
-    if path.suffix == ".txt":
-        try:
-            found = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read ({error})", expected="UTF-8 text") from error
+    if is_plain(path):
+        found = plain_lines(path)
     else:
         found = [row.check(row.data.get("concept"), "concept") for row in read_file(path)]
     concepts = tuple(dict.fromkeys(line.strip() for line in found if line.strip()))
@@ -108,7 +105,7 @@ def distil(
             expected="at least one concept, and a prompt for each of its responses",
         )
     for concept in concepts:
-        backend.model.states(concept, 1)  # refuses what no field could be told
+        backend.model.short(concept)  # refuses what no field could be told
     kept: list[Written] = []
     several = max(backend.batch // each, 1)  # as many as fill a batch
     for start in range(0, len(concepts), several):

@@ -449,7 +449,7 @@ def run(
             f"the contenders {names} on {len(concepts)} concepts", expected="each of them once"
         )
     for concept in concepts:
-        backend.model.states(concept, 1)  # refuses what no field could be told
+        backend.model.short(concept)  # refuses what no field could be told
     rating, rated = _Rating(backend, judge, sampling), list[Rated]()
     chosen: dict[str, dict[str, float | None]] = {name: {} for name in names}
     done, total = 0, len(concepts) * len(contenders)

@@ -158,6 +158,12 @@ def repeated(begun: DynamicCache, count: int) -> DynamicCache:
     return cache_of((layer.keys.expand(size), layer.values.expand(size)) for layer in layers)
 
 
+def require_rows(edits: Sequence[Edit], count: int) -> None:
+    """Refuse edits whose rows are not those of so many sequences: the rest would go unsteered."""
+    for edit in edits:
+        edit.require(count)
+
+
 def edits_of(edits: Sequence[Edit], index: Sequence[int]) -> list[Edit]:
     """The edits of some sequences, where each has its own row of coefficients."""
     return [edit.of(index) for edit in edits]

@@ -22,6 +22,7 @@ from innsteer.backends.engine import (
     edits_of,
     positions_of,
     repeated,
+    require_rows,
     tally,
     watch,
 )
@@ -110,6 +111,7 @@ class HF(Engine):
         sampling: Sampling,
         progress: Progress,
     ) -> list[Completion]:
+        require_rows(edits, len(prompts))
         encoded = [self.model.encode(prompt.conversation) for prompt in prompts]
         done: dict[int, Completion] = {}
         order = sorted(range(len(prompts)), key=lambda i: len(encoded[i].ids))
@@ -186,6 +188,7 @@ class HF(Engine):
     def _score(
         self, prompts: Sequence[Prompt], edits: Sequence[Edit], progress: Progress
     ) -> list[list[tuple[float, ...]]]:
+        require_rows(edits, len(prompts))
         jobs = [
             (i, self.model.encode(prompt.conversation, answer=answer))
             for i, prompt in enumerate(prompts)
@@ -215,6 +218,8 @@ class HF(Engine):
         Raises:
             NothingSteeredError: no token of all these rows was in an edit's scope.
         """
+        if owners is None:
+            require_rows(edits, len(rows))
         own = range(len(rows)) if owners is None else owners
         found: dict[int, Scored] = {}
         with tally(edits) as trace:
@@ -250,6 +255,7 @@ class HF(Engine):
         return found
 
     def _score_text(self, texts: Sequence[str], edits: Sequence[Edit]) -> list[float]:
+        require_rows(edits, len(texts))
         tokenizer = self.model.tokenizer
         rows = [tuple(tokenizer(text)["input_ids"]) for text in texts]
         edits = [

@@ -83,6 +83,9 @@ class Local:
         backend: who runs the model. contrasts: one per behaviour, in the order of ``coef``'s
         columns. sites: outputs of blocks; a row at a site is what goes *into* its block.
 
+    Attributes:
+        errors: of the low-rank Jacobians that were asked for, by block; see ``LowRank``.
+
     Raises:
         InputError: no site, a site inside a block, behaviours of one name, or no item.
     """
@@ -126,6 +129,7 @@ class Local:
             "read": "last",
             "innsteer": __version__,
         }
+        self.errors: dict[int, float] = {}
         self._memo = backend.memo
         if self._memo.folder is None:
             # Jacobians lie on disk, not in memory; these go when the run goes.
@@ -201,7 +205,9 @@ class Local:
             InputError: a block that is none of the sites', or numbers out of range.
         """
         if rank:
-            return self.low_rank(block, rank, prompts=prompts, seed=seed).dense()
+            found = self.low_rank(block, rank, prompts=prompts, seed=seed)
+            self.errors[block] = found.error
+            return found.dense()
         return self._kept(block, prompts, 0, seed)[f"{block}"]
 
     def low_rank(self, block: int, rank: int, *, prompts: int = 50, seed: int = 0) -> LowRank:

@@ -35,8 +35,9 @@ class Memo:
 
     The folder vanishes when the run ends. An interruption, a full disk or a kill leaves it, and the
     next run finds it. That one gets as many threads as the first had, because another number would
-    change the last bits. A refusal takes away what its own run began, and leaves what it found: a
-    slip in the command that should go on does not cost what was computed before it.
+    change the last bits. So does what innsteer could not do, as where a judge's endpoint failed: it
+    may go well the next time. A refusal takes away what its own run began, and leaves what it
+    found: a slip in the command that should go on does not cost what was computed before it.
 
     Attributes:
         folder: of the results. made, replayed: how many calls were.
@@ -61,7 +62,7 @@ class Memo:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         torch.set_num_threads(self._threads)
-        refused = kind is not None and issubclass(kind, InnsteerError)
+        refused = kind not in (None, InnsteerError) and issubclass(kind, InnsteerError)
         if self.folder is not None and (kind is None or (refused and not self._found)):
             shutil.rmtree(self.folder, ignore_errors=True)
 

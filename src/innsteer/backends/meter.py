@@ -21,6 +21,7 @@ from innsteer.backends.engine import (
     edits_of,
     repeated,
     replay,
+    require_rows,
     tally,
     tap,
     watch,
@@ -199,6 +200,7 @@ class Meter:
     def _measure(
         self, edits: Sequence[Edit], kind: Kind, displacement: list[float] | None
     ) -> list[Completion]:
+        require_rows(edits, len(self.reference.ids))
         if any(edit.coef.ndim == 2 or len(edit.told) > 1 for edit in edits):
             return self._apart._attached(edits, kind, displacement)
         return self._attached(edits, kind, displacement)

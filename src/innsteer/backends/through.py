@@ -137,6 +137,7 @@ class Through:
             "contrast": contrasts[0].hash if len(contrasts) == 1 else None,
             "contrasts": {contrast.behaviour: contrast.hash for contrast in contrasts},
             "read": "last",
+            "seeks": "target",
             "innsteer": __version__,
         }
         self._hidden: dict[int, Tensor] = {}

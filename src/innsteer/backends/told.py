@@ -40,13 +40,15 @@ class Told:
         site: the block's output that is steered.
         longest: tokens of a response that count, at most; prompts are kept whole.
         half: multiply by the frozen blocks above the site in bfloat16; the map stays in float32.
+            Default: where the model runs on a GPU.
         checkpoint: a file in which a training may keep its state; None: nowhere.
 
     Attributes:
-        course: what the training did, by step; it says so itself.
+        course: what the training did, by step; it says so itself. half: as given, or chosen.
 
     Raises:
-        InputError: a site inside a block, a response without tokens, or no training row.
+        InputError: a site inside a block, a response without tokens, a concept that is too long to
+            be told, or no training row.
     """
 
     behaviours = ("concept",)
@@ -59,21 +61,25 @@ class Told:
         site: Site,
         *,
         longest: int = 128,
-        half: bool = False,
+        half: bool | None = None,
         checkpoint: Path | None = None,
         progress: Progress = silent,
     ) -> None:
         if site.stream != "residual":
             raise InputError(f"site {site} of a field", expected="a block's output: a layer alone")
+        if longest < 1:
+            raise InputError(f"responses of {longest} tokens", expected="at least 1")
         self.sites: tuple[Site, ...] = (site,)
         self.checkpoint, self.progress = checkpoint, progress
         self.table, self._backend, self._model = concepts, backend, backend.model
         self._cut, self._longest = cut_of([site]), longest
         self._rows = [self._encode(row.prompt, row.response, longest) for row in concepts.rows]
+        for concept in dict.fromkeys(row.concept for row in concepts.rows):
+            self._model.short(concept)
         if not self.items():
             raise InputError("a table without training rows", expected="at least one")
         self._encoded: dict[tuple[str, int], Tensor] = {}
-        self._half = half
+        self.half = self._model.device.type == "cuda" if half is None else half
         self._entering: dict[int, Tensor] = {}
         self._kept = 0
         self._tuple = False
@@ -87,7 +93,7 @@ class Told:
         """All that a loss depends on but the map: table, model, site and what is cut off."""
         model, site = asdict(self._model.fingerprint), str(self.sites[0])
         told: list[Any] = [self.table.hash, model, site]
-        told += [self._longest, *(["bfloat16"] if self._half else [])]
+        told += [self._longest, *(["bfloat16"] if self.half else [])]
         return hashlib.sha256(canonical(told)).hexdigest()
 
     @property
@@ -183,7 +189,7 @@ class Told:
                 stack.enter_context(Attachment(self._model, [edit], encode=self.encode))
             stack.enter_context(replay(blocks, (hidden,) if self._tuple else hidden))
             stack.enter_context(self._only(said.to(ids.device)))
-            if self._half:
+            if self.half:
                 # From the site on, for the map itself is float32: its hook comes before this one.
                 low = torch.autocast(ids.device.type, torch.bfloat16)
                 site = blocks[-1].module

@@ -35,7 +35,6 @@ from innsteer.cli.options import (
     read_rule,
     sites_of,
     source_of,
-    typed_fields,
 )
 from innsteer.cli.printing import (
     Bars,
@@ -138,7 +137,7 @@ def fit(
     from innsteer.site import Where
     from innsteer.steerer import get
 
-    steerer: Any = method if auto else get(method, **typed_fields(type(get(method)), fields))
+    steerer: Any = method if auto else get(method, **fields)
     place = Where.parse(where)
     sites, rule = sites_of(layers), read_rule(read)
     if rows and read:
@@ -229,7 +228,8 @@ def plan(
     from innsteer import planning
     from innsteer.steerer import get
 
-    steerer: Any = get(method, **typed_fields(type(get(method)), fields))
+    steerer: Any = get(method, **fields)
+    planning.require_contrasts(steerer)
     sites, rule = sites_of(layers), read_rule(read)
     if len(sites) > 1 and not together:
         raise InputError(
@@ -426,7 +426,7 @@ def _fit_concepts(
     from innsteer.steerer import get
 
     concepts = Concepts.load(table)
-    steerer: Any = get(method, **typed_fields(type(get(method)), fields))
+    steerer: Any = get(method, **fields)
     sites = sites_of(layers)
     if len(sites) > 1:
         raise InputError(f"--layers {layers} for {method!r}", expected="one layer")
@@ -447,7 +447,9 @@ def _fit_concepts(
         f"fitted {method} on {len(concepts.named('train'))} concepts in "
         f"{steering.provenance['fit_seconds']} s -> {folder}\n"
         f"log-probability per token of other responses, in nats: told their concept "
-        f"{found['concept']:.3f}, told another {found['other']:.3f}, plain {found['plain']:.3f}"
+        f"{found['concept']:.3f}, "
+        + (f"told another {found['other']:.3f}, " if "other" in found else "")
+        + f"plain {found['plain']:.3f}"
     )
     example = concepts.named("train")[0]
     command = command_line("generate", folder, "Tell me about the sea.", "--concept", example)

@@ -377,6 +377,8 @@ def axbench(
     arms = [protocol.unsteered(), protocol.prompting(), protocol.told(fitted, tried)]
     asked = None if prompts is None else protocol.read_prompts(prompts)
     table = None if data is None else Concepts.load(data, unseen=0.0)
+    for method in named:
+        detecting.require_contrasts(method)
     with Bars(as_json) as progress, memo_beside(file) as memo:
         backend = HF(base_model(fitted, model), memo=memo)
         apart: dict[str, dict[str, Steering]] = {}
@@ -507,12 +509,14 @@ def linearity(
     fitted = Steering.load(steering) if steering else None
     asked = linear.prompts(prompts or None, most)
     contrast = open_contrast(data) if data else None
+    if fitted and contrast:
+        linear.require_loop(fitted, contrast)
     with Bars(as_json) as progress:
         chosen = base_model(fitted, model) if fitted else open_model(model or "smollm2")
         found = linear.linearity(chosen, asked, seed=seed, progress=progress)
         tracked = None
         if fitted and contrast:
-            tracked = linear.tracking(chosen, fitted, contrast, seed=seed, progress=progress)
+            tracked = linear.tracking(chosen, fitted, contrast, progress=progress)
     linear.save(to, found, tracked, prompts=prompts or "the package's neutral ones")
     facts = {"linearity": asdict(found)} | ({"tracking": asdict(tracked)} if tracked else {})
     if as_json:

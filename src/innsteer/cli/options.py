@@ -11,7 +11,7 @@ import typer
 from innsteer import mixes, shelf
 from innsteer.cli import completing
 from innsteer.cli.printing import warn
-from innsteer.errors import DataError, InnsteerError, InputError, MismatchError, UnknownName
+from innsteer.errors import DataError, InputError, MismatchError, UnknownName
 
 MODEL = Annotated[
     str,
@@ -310,20 +310,3 @@ def fields_of(method: str, pairs: list[str]) -> dict[str, Any]:
         except json.JSONDecodeError:
             found[name] = value
     return found
-
-
-def typed_fields(kind: type, fields: dict[str, Any]) -> dict[str, Any]:
-    """Fields in the types that the method declares; names that it does not know stay."""
-    from pydantic import TypeAdapter, ValidationError
-
-    try:
-        typed: Any = TypeAdapter(kind).validate_python(fields)
-    except ValidationError as error:
-        first = error.errors()[0]
-        # The method's own refusal is its own message.
-        own = first.get("ctx", {}).get("error")
-        if isinstance(own, InnsteerError):
-            raise own from None
-        place = ".".join(map(str, first["loc"]))
-        raise InputError(f"--set {place}={first['input']}: {first['msg']}") from None
-    return {name: getattr(typed, name, value) for name, value in fields.items()}

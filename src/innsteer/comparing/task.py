@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -186,6 +186,12 @@ class Task:
             "unmet": {},
         }
         tested: dict[float, dict[str, Any]] = {}
+
+        @cache  # the halves may end at the same strength
+        def high(name: str, strength: float) -> float:
+            made = fit.arm(strength).measured(checks[name], metrics.get(name).kind)
+            return _scored(name, made).high
+
         for half in self._halves:
             checks = {"neutral_cost": self._meter("check validation")}
             if half == "both":
@@ -194,10 +200,7 @@ class Task:
                 if (best := search.best(half)) is None:
                     raise BudgetError(f"no strength tried is within {self.protocol.budget} nats")
                 strength = within(
-                    lambda s, checks=checks: max(  # type: ignore[misc]
-                        _scored(name, fit.arm(s).measured(meter, metrics.get(name).kind)).high
-                        for name, meter in checks.items()
-                    ),
+                    lambda s, names=tuple(checks): max(high(name, s) for name in names),  # type: ignore[misc]
                     best.strength,
                     self.protocol.budget,
                 )

@@ -148,6 +148,21 @@ class LanguageModel:
         return Encoded(tuple(full), len(ids), (*past, (len(ids) - 1, len(full))))
 
     @torch.no_grad()
+    def short(self, text: str) -> tuple[int, ...]:
+        """Token ids of a text that ``states`` takes.
+
+        Raises:
+            InputError: an empty text, or one of more than ``STATES`` tokens.
+        """
+        ids = self._ids(text, special=True)
+        if not text.strip() or len(ids) > STATES:
+            raise InputError(
+                f"{text!r:.60} of {len(ids)} tokens",
+                expected=f"a text of 1 to {STATES} tokens",
+                remedy="say it shorter",
+            )
+        return tuple(ids)
+
     def states(self, text: str, blocks: int) -> Tensor:
         """Hidden states ``[tokens, d]`` of a text after the first blocks and the last norm.
 
@@ -161,13 +176,7 @@ class LanguageModel:
         Raises:
             InputError: an empty or longer text, or more blocks than there are.
         """
-        ids = self._ids(text, special=True)
-        if not text.strip() or len(ids) > STATES:
-            raise InputError(
-                f"{text!r:.60} of {len(ids)} tokens",
-                expected=f"a text of 1 to {STATES} tokens",
-                remedy="say it shorter",
-            )
+        ids = self.short(text)
         if not 1 <= blocks <= len(self.layout.blocks):
             raise InputError(
                 f"{blocks} blocks", expected=f"1 to {len(self.layout.blocks)}, of this model"

@@ -502,6 +502,8 @@ class FLAS(Steerer):
         how = {"blocks": self.blocks, "steps": self.steps, "encoder": self.encoder}
         field = Learner(run.width, shape_of(block), **how)
         field.start(block, run.unit, torch.Generator().manual_seed(seed))
+        # There before an optimiser is: it puts what a checkpoint kept where the parameters are.
+        field.to(block.rope.device)
         maps = Interventions({site: field})
         course = train_through(
             run,
