@@ -148,7 +148,7 @@ def test_the_open_loops_mean_error_is_weighed_and_of_as_many_texts_as_asked():
         run = Watched(replace(acts, rows=replace(acts.rows, weight=weight)), [torch.eye(4)] * 2)
         method = ALQR(lowest=0, loop="open", texts=7)
         # The closed loop in the open one's place: what its rows' errors are.
-        closed = replace(method, loop="closed").fit_through(Given(run.acts, run.matrices))
+        closed = replace(method, loop="closed").fit_through(run)
         told = method._watched(run, closed, 0)
         for site, part in closed.items():
             level = part.levels[0] + part.origins[0]
