@@ -265,13 +265,17 @@ def upper(values: np.ndarray) -> float:
 def largest(cost: Callable[[float], float], start: float, most: float = 64.0) -> float:
     """The largest strength within the budget (3 % under it at most), or ``most``."""
     low, high, strength = 0.0, math.inf, start
-    for _ in range(14):
+    for step in range(14):
         spent = cost(strength)
         low, high = (strength, high) if spent <= BUDGET else (low, strength)
         if 0.97 * BUDGET <= spent <= BUDGET or low >= most:
             break
         guess = strength * math.sqrt(0.985 * BUDGET / max(spent, 1e-9))
         guess = min(max(guess, strength / 4), strength * 4, most)
+        if step > 1 and not low:
+            # Behind a gate a few prompts may cost all there is at any strength: the law shrinks too
+            # little, and none would be found.
+            guess = min(guess, 0.6 * strength)
         strength = guess if low < guess < high else (low + min(high, 4 * low or high)) / 2
         if high - low < 0.02 * high:
             break

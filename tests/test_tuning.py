@@ -111,6 +111,13 @@ def test_a_cost_that_never_reaches_the_budget_is_told_apart(monkeypatch, cost):
     assert strength > 100 and spent == pytest.approx(cost(strength))
 
 
+def test_a_cost_that_hardly_falls_is_met_where_it_does(monkeypatch):
+    """Behind a gate a few prompts may cost all there is at nearly any strength."""
+    Priced(monkeypatch, lambda s: 0.11 if s > 0.02 else s**2)
+    strength, _ = tuning._search({}, None, 0.1, silent)
+    assert 0.01 < strength <= 0.02
+
+
 def test_a_cost_that_jumps_over_the_budget_gives_the_last_strength_below(monkeypatch):
     Priced(monkeypatch, lambda s: 0.01 if s < 2.5 else 1.0)
     strength, spent = tuning._search({}, None, 0.1, silent)

@@ -23,6 +23,9 @@ from innsteer.suites import behaviour as suites
 
 CHECKS = 12
 STAGES = 8
+FLAT = 0.6
+"""Where a few prompts cost all there is at any strength, as behind a gate, cost hardly falls: after
+two strengths that cost too much the next is at most this share of the last."""
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.5)
 Costs = Mapping[str, Meter]
 """Halves of the cost by their metric's name."""
@@ -333,6 +336,8 @@ def _search(costs: Costs, edit: EditAt, budget: float, progress: Progress) -> tu
             break
         guess = strength * math.sqrt(0.985 * budget / cost) if cost > 0 else strength * 10
         guess = min(max(guess, strength / 10), strength * 10)
+        if step > 1 and not low:
+            guess = min(guess, FLAT * strength)
         if not low < guess < high:
             guess = (low + high) / 2 if math.isfinite(high) else low * 2
         if not 1e-4 < guess < 1e4:
@@ -413,9 +418,8 @@ def within(
         if high <= budget:
             progress("check", CHECKS, CHECKS)
             return strength
-        # Where a few prompts cost all there is at any strength, the square law shrinks too little.
         factor = math.sqrt(0.97 * budget / high)
-        strength *= factor if step < 2 else min(factor, 0.6)
+        strength *= factor if step < 2 else min(factor, FLAT)
     raise BudgetError(
         f"the cost stays above {budget} nats at every strength tried",
         remedy="fit with more data, or raise the budget",

@@ -155,6 +155,18 @@ def test_the_in_format_half_may_leave_nothing_within_the_budget():
     assert search.best("both") is None and search.best("neutral").control == 0.6
 
 
+def test_a_search_finds_what_lies_far_below_a_cost_that_hardly_falls():
+    """Behind a gate a few prompts may cost all there is at nearly any strength."""
+
+    def flat(strength):
+        return Evaluation(0, strength, 0.6, 0.11 if strength > 0.1 else strength**2, 0.0)
+
+    search = Search(flat, 0.1)
+    for _ in range(8):
+        search.step("neutral")
+    assert 0 < search.best("neutral").strength <= 0.1
+
+
 def test_a_map_that_costs_nothing_is_tried_up_to_the_largest_strength():
     search = Search(lambda s: Evaluation(0, s, 0.5, 0.0, 0.0), 0.1)
     for _ in range(6):

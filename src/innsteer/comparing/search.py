@@ -10,6 +10,7 @@ from innsteer.calibration import BUDGET
 from innsteer.comparing.standings import Half
 from innsteer.errors import InputError
 from innsteer.models import LanguageModel
+from innsteer.tuning import FLAT
 
 MOST = 64.0
 """No larger strength is tried."""
@@ -103,6 +104,8 @@ class Search:
         near = low or high
         guess = near * math.sqrt(0.97 * self._budget / costs[near]) if costs[near] else 10 * near
         guess = min(max(guess, near / 10), near * 10, MOST)
+        if len(costs) > 2 and not low:
+            guess = min(guess, FLAT * near)
         if low < guess < high:
             return guess
         return (low + high) / 2 if low else high / 4
