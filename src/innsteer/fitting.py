@@ -163,6 +163,16 @@ def fit(
     return fit_rows(model, steerer, acts, where=where, seed=seed, progress=progress)
 
 
+def require_contrasts(steerer: Steerer, what: str, remedy: str) -> None:
+    """Refuse a method that learns from concepts in words, before anything runs."""
+    if "concepts" in steerer.needs:
+        raise InputError(
+            f"{what} {steerer.name!r}, which learns from concepts in words",
+            expected="a method that is fitted on contrasts",
+            remedy=remedy,
+        )
+
+
 def through(
     model: LanguageModel | HF,
     contrast: Contrasts,

@@ -28,7 +28,15 @@ from innsteer.backends.meter import Reference
 from innsteer.backends.through import Through
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError
-from innsteer.fitting import Contrasts, each, linearised, own_sites, record_parts, through
+from innsteer.fitting import (
+    Contrasts,
+    each,
+    linearised,
+    own_sites,
+    record_parts,
+    require_contrasts,
+    through,
+)
 from innsteer.models import LanguageModel
 from innsteer.site import Site, Span, Where
 from innsteer.steerer import Answers, Interventions, Runner, Steerer, get
@@ -107,14 +115,10 @@ class Plan:
         return asdict(self) | {"peak": sum(self.memory.values()), "total_seconds": total}
 
 
-def require_contrasts(steerer: Steerer) -> None:
+def require_plannable(steerer: Steerer) -> None:
     """Refuse a method that is not fitted on contrasts, before any is read."""
-    if "concepts" in steerer.needs:
-        raise InputError(
-            f"a plan for {steerer.name!r}, which learns from concepts in words",
-            expected="a method that is fitted on contrasts",
-            remedy="time a few steps: --set updates=10; the training itself can be interrupted",
-        )
+    remedy = "time a few steps: --set updates=10; the training itself can be interrupted"
+    require_contrasts(steerer, "a plan for", remedy)
 
 
 def plan(
@@ -141,7 +145,7 @@ def plan(
         InputError: what ``fit`` would refuse of these arguments and data.
     """
     steerer = get(method, **fields) if isinstance(method, str) else method
-    require_contrasts(steerer)
+    require_plannable(steerer)
     contrasts = each(contrast)
     backend = Rehearsal(model, draw=measure)
     if steerer.through and (read is not None or span != (0, None)):

@@ -19,7 +19,7 @@ from innsteer.comparing.statistics import resample
 from innsteer.concepts import Concepts, Response
 from innsteer.contrast import Contrast, Item
 from innsteer.errors import InputError
-from innsteer.fitting import default_site, fit
+from innsteer.fitting import default_site, fit, require_contrasts
 from innsteer.gating import auroc
 from innsteer.judging import Verdict
 from innsteer.metrics.base import Measured
@@ -67,19 +67,14 @@ def contrast_of(
     return Contrast(concept, "open", tuple(items))
 
 
-def require_contrasts(method: str, **fields: Any) -> Steerer:
+def rival(method: str, **fields: Any) -> Steerer:
     """A method that a concept's responses can be fitted by, before anything runs.
 
     Raises:
         UnknownName: no such method or field. InputError: one that learns from concepts in words.
     """
     steerer = get(method, **fields)
-    if "concepts" in steerer.needs:
-        raise InputError(
-            f"{method!r} for each concept by itself, which learns from all of them in words",
-            expected="a method that is fitted on contrasts",
-            remedy="it is an arm already: the steering that is scored",
-        )
+    require_contrasts(steerer, "a rival", "it is an arm already: the steering that is scored")
     return steerer
 
 
@@ -105,7 +100,7 @@ def fit_each(
         InputError: a method that needs something else, or see ``contrast_of``.
     """
     where = site or default_site(backend.model)
-    steerer = require_contrasts(method, **fields)
+    steerer = rival(method, **fields)
     found = {}
     for number, concept in enumerate(concepts):
         progress(method, number, len(concepts))

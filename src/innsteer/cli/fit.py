@@ -229,7 +229,7 @@ def plan(
     from innsteer.steerer import get
 
     steerer: Any = get(method, **fields)
-    planning.require_contrasts(steerer)
+    planning.require_plannable(steerer)
     sites, rule = sites_of(layers), read_rule(read)
     if len(sites) > 1 and not together:
         raise InputError(

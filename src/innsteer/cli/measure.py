@@ -378,7 +378,7 @@ def axbench(
     asked = None if prompts is None else protocol.read_prompts(prompts)
     table = None if data is None else Concepts.load(data, unseen=0.0)
     for method in named:
-        detecting.require_contrasts(method)
+        detecting.rival(method)
     with Bars(as_json) as progress, memo_beside(file) as memo:
         backend = HF(base_model(fitted, model), memo=memo)
         apart: dict[str, dict[str, Steering]] = {}

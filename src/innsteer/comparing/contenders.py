@@ -11,6 +11,7 @@ from innsteer import shelf
 from innsteer.backends.lora import LoRATraining
 from innsteer.contrast import Contrast
 from innsteer.errors import InputError, UnknownName
+from innsteer.fitting import require_contrasts
 from innsteer.report.figures import PLAIN, RANDOM
 from innsteer.steerer import Steerer, get
 
@@ -115,12 +116,9 @@ def inputs(steerer: Steerer) -> tuple[Input, ...]:
     Raises:
         InputError: it learns from concepts in words, which no task of a comparison has.
     """
-    if "concepts" in steerer.needs:
-        raise InputError(
-            f"{steerer.name!r} among contenders",
-            expected="methods that are fitted on contrasts",
-            remedy="compare its responses with innsteer generate --concept",
-        )
+    require_contrasts(
+        steerer, "a contender", "compare its responses with innsteer generate --concept"
+    )
     if steerer.through:
         return ("model",)
     if steerer.sites == "heads":
