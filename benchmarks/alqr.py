@@ -236,17 +236,17 @@ def ahead(found: Sequence[dict[str, Any]], against: str, lead: str = "") -> list
     return [one | {"figure": lead + one["figure"]} for one in figures]
 
 
-def compared(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
+def compared(backend: HF, tasks: Sequence[Contrast], jobs: int = 1) -> list[Figure]:
     """The common budget: what the closed loop is ahead by, with intervals."""
     rows = cells(backend, tasks)
-    rows.run(progress=say)
+    rows.run(jobs=jobs, progress=say)
     return ahead(rows.found(), CLOSED.name)
 
 
-def levelled(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
+def levelled(backend: HF, tasks: Sequence[Contrast], jobs: int = 1) -> list[Figure]:
     """The closed loop ahead of itself at other set-points."""
     rows = cells(backend, tasks, OTHERS)
-    rows.run(progress=say)
+    rows.run(jobs=jobs, progress=say)
     beside = Comparison(backend, tasks, WORK / "cells", contenders=[CLOSED])
     return ahead([*beside.found(), *rows.found()], CLOSED.name, "set-points, ")
 
@@ -395,6 +395,7 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
     parser.add_argument("--tasks", type=int, default=5, help="only the first so many")
+    parser.add_argument("--jobs", type=int, default=1, help="processes that share the cells")
     parser.add_argument("--plan", action="store_true")
     asked = parser.parse_args()
     chosen = asked.stages or list(STAGES[:3])
@@ -409,12 +410,13 @@ def main() -> None:
         print(left(backend, tasks), file=sys.stderr)
         return
     every = (linear, fitted, overhead, small, compared, levelled, displaced)
-    ways = dict(zip(STAGES, every, strict=True))
+    ways: dict[str, Callable[..., list[Figure]]] = dict(zip(STAGES, every, strict=True))
     for name in chosen:
         # Stages that time what they do make it.
         backend.memo = Memo(WORK / "kept" if name in STAGES[3:] else None)
         started = time.perf_counter()
-        save(name, ways[name](backend, tasks), time.perf_counter() - started)
+        more = {"jobs": asked.jobs} if name in ("compare", "levels") else {}
+        save(name, ways[name](backend, tasks, **more), time.perf_counter() - started)
 
 
 if __name__ == "__main__":

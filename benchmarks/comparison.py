@@ -5,12 +5,14 @@
     python benchmarks/comparison.py DATA --summary           # only write tables and figures
 
 DATA is the folder of the public files: Anthropic's persona evaluations in anthropic-evals/persona,
-and those of two open-ended tasks as benchmarks/suites.py names them. The stages run in this order,
-so that what does not fit loses seeds of the tail, then second inputs, then the tail: the rows that
-are named beforehand on every task, the grid of LoRA on the first four, its winner on the rest, the
-tail, the second inputs, and two seeds more of the named rows. Cells are kept in runs/comparison and
-packed, task by task, into results/comparison; an interrupted run goes on. Tables go into
-docs/comparison.md, figures into results/comparison.json.
+and those of two open-ended tasks. The persona statements are dealt into parts by a seed of their
+own, because INNSteer was developed on the test part of another (benchmarks/control.py). The stages
+run in this order, so that what does not fit loses seeds of the tail, then second inputs, then the
+tail: the rows that are named beforehand on every task, the grid of LoRA on the first four, its
+winner on the rest, the tail, the second inputs, and two seeds more of the named rows. Cells are
+kept in runs/comparison and packed, task by task, into results/comparison; an interrupted run goes
+on. Tables go into docs/comparison.md, figures into results/comparison.json: of the tasks on which
+all named rows are measured.
 """
 
 import argparse
@@ -27,6 +29,7 @@ from typing import Any
 
 import torch
 from control import persona_file
+from spine import Figure, figure
 from transfer import instruction
 
 import suites as looks
@@ -36,6 +39,8 @@ from innsteer.comparing import Comparison, Contender, always, contenders
 from innsteer.comparing.standings import Standings, standings
 from innsteer.contrast import Contrast
 from innsteer.files import fresh_file, write_json, write_text
+from innsteer.metrics import get as metric
+from innsteer.report.figures import PLAIN
 from innsteer.suites import persona
 
 HERE = Path(__file__).resolve().parent
@@ -62,16 +67,34 @@ TASKS = (
     "desire-to-maximize-impact-on-world",
     "subscribes-to-utilitarianism",
 )
-OPEN = {"in-fr": looks.PARALLEL, "refusal": looks.REQUESTS}
+SPLIT = 7
+"""Seed of the persona statements' parts."""
+OPEN: tuple[looks.Source, ...] = (
+    ("language", "xquad/xquad.en.json.gz", {"to": "xquad.es.json.gz", "language": "es"}),
+    (*looks.REQUESTS[:2], {**looks.REQUESTS[2], "paired": True}),
+)
 """Tasks on which published recipes do work on this model, beside the built-in ``critical``."""
 PARTS = {"train": 300, "validation": 100, "test": 200}
 """Items of an open-ended task, at most."""
-WORDS = {"in-fr": "Answer in French.", "refusal": "Decline to help."}
+WORDS = {
+    "in-es": "Answer in Spanish.",
+    "in-fr": "Answer in French.",
+    "refusal": "Decline to help.",
+}
 OURS = Contender.of("innsteer", objective="target")
 NINE = ("pca", "iti", "diffmean", "mimic", "hpr", "linear_act", "re_control", "truthflow")
 NINE += ("odesteer",)
-NAMED = [OURS, *map(Contender.of, ("condgrad", "loreft", *NINE, "innsteer"))]
+PUBLISHED = Contender.of("innsteer")
+NAMED = [
+    OURS,
+    Contender.of("condgrad"),
+    Contender.of("gated", method="condgrad"),
+    *map(Contender.of, ("loreft", *NINE)),
+    PUBLISHED,
+]
 """Compared with INNSteer by name; the last is INNSteer as published."""
+SEEDLESS = {"pca", "diffmean", "mimic", "linear_act", "condgrad", "iti"}
+"""Methods that draw nothing from their seed: other seeds would give the same cells."""
 GRID = [
     Contender.of("lora", rank=rank, learning_rate=rate)
     for rank in (4, 16)
@@ -90,8 +113,9 @@ def tasks_of(data: Path) -> list[Contrast]:
     The open ones come after the first two, so that a part of the work has some of them.
     """
     home = data / "anthropic-evals" / "persona"
-    found = [persona.contrast(persona_file(home, name), wording="second") for name in TASKS]
-    public = [suites.read(suite, data / path, **how) for suite, path, how in OPEN.values()]
+    how: dict[str, Any] = {"wording": "second", "seed": SPLIT}
+    found = [persona.contrast(persona_file(home, name), **how) for name in TASKS]
+    public = [suites.read(suite, data / path, **given) for suite, path, given in OPEN]
     found[2:2] = map(cut, [Contrast.load("critical"), *public])
     return found
 
@@ -150,14 +174,15 @@ def stages(backend: HF, tasks: Sequence[Contrast]) -> Iterator[tuple[str, Compar
         yield "LoRA on the rest", stage(backend, tasks, [best])
     yield "the tail", stage(backend, tasks, [one for one in tail if one.input != "target"])
     yield "second inputs", stage(backend, choices, [one for one in tail if one.input == "target"])
-    seeded = [*NAMED, *([best] if best else [])]
+    seeded = [one for one in NAMED if one.method not in SEEDLESS] + ([best] if best else [])
     yield "two more seeds of the named", stage(backend, tasks, seeded, SEEDS)
 
 
-def pack() -> None:
-    """Raw cells into the repository, a file for each task."""
+def pack(backend: HF, tasks: Sequence[Contrast]) -> None:
+    """Raw cells into the repository, a file for each task; none of another protocol."""
     lines: dict[str, list[str]] = {}
-    for path in sorted((WORK / "cells").glob("*.json")):
+    asked = {path for _, part in stages(backend, tasks) for path in map(part.path, part.cells())}
+    for path in sorted(path for path in asked if path.is_file()):
         record = json.loads(path.read_text(encoding="utf-8"))
         line = json.dumps({"cell": path.stem, **record}, separators=(",", ":"), sort_keys=True)
         lines.setdefault(record["task"], []).append(line)
@@ -179,26 +204,28 @@ def unpack() -> None:
                 write_json(own, record)
 
 
-def figures(
-    tables: Sequence[Standings], ahead: str = "INNSteer ahead by"
-) -> Iterator[dict[str, Any]]:
-    """One record for each row: its control, and what INNSteer, or who ``ahead`` says, leads by."""
+def figures(tables: Sequence[Standings], ahead: str = "INNSteer ahead by") -> Iterator[Figure]:
+    """Records of each row: its control, rank, what INNSteer, or who ``ahead`` says, leads by, and
+    the p of that, Holm-corrected over the comparisons named beforehand."""
     for table in tables:
+        goal = "< 0" if metric(table.metric).better == "lower" else "> 0"
         for row in table.rows:
-            for what, score in (("control", row.control), (ahead, row.ahead)):
+            lead = f"{table.metric}, {row.name} ({row.input or 'no fit'})"
+            named = goal if row.p is not None else ""
+            for what, score, asked, unit in (
+                ("control", row.control, "", table.metric),
+                ("rank", row.rank, "", "place among its input"),
+                (ahead, row.ahead, named, table.metric),
+            ):
                 if score is not None:
-                    yield {
-                        "figure": f"{row.name} ({row.input or 'no fit'}), {what}, {table.within}",
-                        "value": score.value,
-                        "low": score.low,
-                        "high": score.high,
-                        "asked": "> 0" if what != "control" and row.p is not None else "",
-                        "unit": table.metric,
-                        "n": score.n,
-                    }
+                    name = f"{lead}, {what}, {table.within}"
+                    yield figure(name, score.value, asked, unit, score.n, score.low, score.high)
+            if row.p is not None:
+                name = f"{lead}, p of {ahead.removesuffix(' by')}, {table.within}"
+                yield figure(name, row.p, "< 0.05", "probability", len(table.tasks))
 
 
-def listed() -> dict[str, Any]:
+def listed() -> Figure:
     """How long the shelf takes to list itself: the median of nine runs, whatever else runs."""
     times = []
     for _ in range(9):
@@ -208,53 +235,64 @@ def listed() -> dict[str, Any]:
         )
         times.append(time.perf_counter() - started)
     low, value, high = sorted(times)[0], sorted(times)[4], sorted(times)[8]
-    return {
-        "figure": "innsteer methods",
-        "value": value,
-        "low": low,
-        "high": high,
-        "asked": "< 1",
-        "unit": "seconds",
-        "n": len(times),
-    }
+    return figure("innsteer methods", value, "< 1", "seconds", len(times), low, high)
 
 
 def summary(backend: HF, tasks: Sequence[Contrast]) -> None:
-    """Tables of what is measured, and what was left out."""
+    """Tables of the tasks that all named rows have, and what was left out."""
     parts = dict(stages(backend, tasks))
+    waiting = {cell.task.behaviour for cell in parts["named rows"].left()}
+    whole = [task.behaviour for task in tasks if task.behaviour not in waiting]
     records: dict[Path, dict[str, Any]] = {}
     left: list[str] = []
     for name, part in parts.items():
         records |= {
-            path: json.loads(path.read_text(encoding="utf-8"))
+            path: record
             for path in map(part.path, part.cells())
             if path.is_file()
+            if (record := json.loads(path.read_text(encoding="utf-8")))["task"] in whole
         }
         if missing := part.left():
             left.append(f"{name}: {len(missing)} of {len(part.cells())} cells")
-    if OURS.name not in {record["contender"] for record in records.values()}:
-        print(f"no cell of {OURS.name} yet, with which all are compared: no table", file=sys.stderr)
+    if not whole:
+        print("no task has all named rows yet: no table", file=sys.stderr)
         return
-    tables = standings(list(records.values()), against=OURS.name, left_out=left)
-    took = sum(record["seconds"] for record in records.values())
+    lora = winner(backend, tasks)
+    named = [one.name for one in (*NAMED[1:-1], *([lora] if lora else []))]
+    found = list(records.values())
+    tables = standings(found, against=OURS.name, named=named, left_out=left)
+    # The published objective on equal terms with the nine: all learn from recorded classes.
+    own = [one for one in found if one["contender"] in (*NINE, PUBLISHED.name, *PLAIN)]
+    alike = standings(own, against=PUBLISHED.name)
+    lead = "INNSteer as published ahead by"
+    more = [one for one in figures(alike, lead) if lead.removesuffix(" by") in one["figure"]]
+    hours = sum(record["seconds"] for record in found) / 3600
     context = {
         "command": "python benchmarks/comparison.py DATA --hours 8",
         "versions": {"torch": torch.__version__, "python": platform.python_version()},
-        "machine": f"{platform.machine()}, CPU; {took / 3600:.1f} hours for {len(records)} cells",
+        "machine": f"{platform.machine()}, CPU; {hours:.1f} core-hours for {len(found)} cells",
+        "tasks": whole,
         "left out": left,
     }
-    write_json(RESULTS, {**context, "figures": [listed(), *figures(tables)]})
-    text = "\n".join(table.markdown() for table in tables)
-    write_text(DOCS, f"{HEAD}\n{took / 3600:.1f} hours went into {len(records)} cells.\n\n{text}")
-    print(f"{len(records)} cells, {took / 3600:.1f} hours; {DOCS}", file=sys.stderr)
+    spent = figure("core-hours of all cells", hours, "<= 32", "hours", len(found))
+    write_json(RESULTS, {**context, "figures": [listed(), spent, *figures(tables), *more]})
+    choices = sum(task.kind == "choice" for task in tasks if task.behaviour in whole)
+    head = HEAD.format(
+        choices=choices, open=len(whole) - choices, of=len(tasks), hours=hours, cells=len(found)
+    )
+    text = "\n".join(table.markdown() for table in [*tables, *alike])
+    write_text(DOCS, f"{head}\n{text}")
+    print(f"{len(found)} cells, {hours:.1f} core-hours; {DOCS}", file=sys.stderr)
 
 
 HEAD = """# The comparison
 
-Sixteen Persona behaviours and three open-ended tasks on SmolLM2-135M-Instruct, every method with
-the same data, budget and evaluations ([how](howto/compare.md)). The page is made by
-`python benchmarks/comparison.py DATA`, which goes on where it stopped. Where INNSteer does not win,
-the line under each title says so.
+{choices} Persona behaviours and {open} open-ended tasks on SmolLM2-135M-Instruct, of the {of} that
+are planned: those on which all rows named beforehand are measured. Every method has the same data,
+budget and evaluations ([how](howto/compare.md)). `python benchmarks/comparison.py DATA` makes the
+page and goes on where it stopped; {hours:.1f} core-hours went into these {cells} cells. Where
+INNSteer does not win, the line under each title says so. Tables against `innsteer` hold its
+published objective, on recorded classes, against the nine published baselines on the same.
 """
 
 
@@ -294,7 +332,8 @@ def main() -> None:
             part.run(jobs=asked.jobs, progress=heed)
     except (Enough, KeyboardInterrupt):
         print("stopped; the same command goes on", file=sys.stderr)
-    pack()
+    finally:
+        pack(backend, every)
     summary(backend, every)
 
 

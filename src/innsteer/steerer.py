@@ -602,6 +602,11 @@ class Steerer(ABC):
         """Whether a fit through the model wants unmoved prompts in other words among its rows."""
         return False
 
+    @property
+    def trains_through(self) -> bool:
+        """Whether a fit through the model does more than fit the rows that gradients made."""
+        return type(self).fit_through is not Steerer.fit_through
+
     def fit_through(self, run: Runner, *, seed: int = 0) -> Interventions:
         """Fit through the model; by default on its target-seeking rows."""
         return self.fit(run.rows(), seed=seed)

@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from threading import Event
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_every_method_of_the_shelf_contends_on_all_that_it_can_be_fitted_on():
 )
 def test_a_contender_that_cannot_be_is_refused(how, error, said):
     with pytest.raises(error, match=said):
-        Contender.of(**how)
+        Contender.of(how.pop("method"), **how)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def law(power, *, peak=math.inf, unit=0.01):
 
     def evaluate(strength):
         control = 0.5 + 0.1 * (strength if strength <= peak else max(2 * peak - strength, 0))
-        return Evaluation(0, strength, control, unit * strength**power, unit / 2)
+        return Evaluation(0, strength, control, unit * strength**power, unit / 2, control)
 
     return evaluate
 
@@ -165,6 +166,21 @@ def test_a_search_finds_what_lies_far_below_a_cost_that_hardly_falls():
     for _ in range(8):
         search.step("neutral")
     assert 0 < search.best("neutral").strength <= 0.1
+
+
+def test_of_strengths_that_align_alike_the_one_that_says_most_is_taken():
+    """Behind a gate no cost binds, and a share of two answers stays where neither is ever said."""
+
+    def gated(strength):
+        control = 0.95 + 0.0001 * strength if strength >= 1 else 0.5 + 0.4 * strength
+        return Evaluation(0, strength, control, 0.0, 0.0, 0.9 if strength < 4 else 0.1)
+
+    search, whole = Search(gated, 0.1), Search(gated, 0.1, whole=True)
+    for one in (search, whole):
+        for _ in range(8):
+            one.step("neutral")
+    assert max(search.tried) == MOST and 1 <= search.best("neutral").strength < 4
+    assert whole.best("neutral").strength == MOST, "open answers move last"
 
 
 def test_a_map_that_costs_nothing_is_tried_up_to_the_largest_strength():
@@ -210,6 +226,76 @@ def test_every_contender_gets_the_same_evaluations_and_all_are_tested(model, tmp
     tables = standings(whole.found(), against="diffmean")
     assert len(tables) == 2 and len(tables[0].rows) == 6
     assert whole.plan()["seconds"] == 0
+
+
+@pytest.mark.parametrize(
+    ("method", "fields"),
+    [
+        ("innsteer", {"objective": "target", "polish": 2}),
+        ("gated", {"method": "condgrad"}),
+        ("condgrad", {}),
+        ("residual_mlp", {"polish": 2}),
+    ],
+)
+def test_a_fit_is_the_one_that_a_user_gets(model, tmp_path, method, fields):
+    contender = Contender.of(method, "model", **fields)
+    whole = comparison(model, tmp_path, contender)
+    site = Site(1)
+    own = task.Task(whole.backend, CHOICE, whole.protocol, "", {})
+    made = own._fit(Cell(contender, CHOICE, 0), (site,))
+    (maps,) = made.arm(1.0).edits
+    theirs = fitting.fit(model, CHOICE, contender.steerer, sites=[site]).interventions.state_dict()
+    ours = maps.interventions.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
+
+
+def settled(cost, spent):
+    """A strength from 1 on whose check costs ``cost`` and whose test costs ``spent``."""
+    stand = SimpleNamespace(protocol=SimpleNamespace(budget=0.1))
+
+    def tested(strength):
+        return {"costs": {"neutral_cost": [spent(strength)], "in_format_cost": [9.0]}}
+
+    return task.Task._settled(stand, cost, 1.0, tested, ("neutral_cost",))
+
+
+def test_what_costs_too_much_on_the_test_part_is_dosed_again():
+    found = settled(lambda s: 0.1 * s**2, lambda s: 0.2 * s**2)
+    assert found["over"] == [1.0] and 0.5 < found["strength"] < 0.75
+    assert found["costs"]["neutral_cost"][0] <= 0.11
+    assert settled(lambda s: 0.1 * s**2, lambda s: 0.109)["over"] == []
+    with pytest.raises(BudgetError, match="3 strengths within 0.1 nats .* than 1.1 times"):
+        settled(lambda s: 0.1 * s**2, lambda s: 0.5)
+
+
+def test_a_cost_that_is_no_number_is_over_every_budget(model, tmp_path, monkeypatch):
+    real = task._scored
+
+    def broken(name, made):
+        found = real(name, made)
+        return found._replace(value=math.nan, high=math.nan) if name == "neutral_cost" else found
+
+    monkeypatch.setattr(task, "_scored", broken)
+    whole = comparison(model, tmp_path, Contender.of("diffmean"))
+    whole.run()
+    (record,) = whole.found()
+    assert not record["tested"] and set(record["unmet"]) == {"neutral", "both"}
+    strengths = [one["strength"] for one in record["evaluations"]]
+    assert {one["neutral"] for one in record["evaluations"]} == {task.TOO_DEAR}
+    assert min(strengths) < 0.01, "ever smaller strengths are tried"
+
+
+def test_a_fit_whose_numbers_fail_leaves_a_cell_that_says_so(model, tmp_path, monkeypatch):
+    def singular(self, acts, *, seed=0):
+        raise torch.linalg.LinAlgError("singular matrix")
+
+    monkeypatch.setattr(type(Contender.of("diffmean").steerer), "fit", singular)
+    whole = comparison(model, tmp_path, Contender.of("diffmean"), Contender.of("ridge"))
+    whole.run()
+    first, second = whole.found()
+    assert first["failed"] == "singular matrix" and second["tested"]
 
 
 def test_a_rule_of_its_own_among_layers_is_kept_and_has_a_form_at_one(model, tmp_path):
@@ -442,7 +528,12 @@ def test_a_budget_that_cannot_be_met_leaves_the_figures_of_the_other(model, tmp_
     assert list(record["tested"]) == ["neutral"] and list(record["unmet"]) == ["both"]
     neutral, both = standings([plain, record], against="diffmean")
     assert [row.control is None for row in neutral.rows] == [False, False]
-    assert both.missing()[0].startswith("diffmean failed on formal-ish: the cost stays above")
+    assert both.notes() == [
+        "No strength is within the budget; it stands as the plain model does: "
+        "diffmean on formal-ish."
+    ]
+    first, second = both.rows
+    assert first.control == second.control
     assert page([neutral, both], [plain, record], {})
 
 

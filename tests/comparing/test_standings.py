@@ -160,9 +160,71 @@ def test_a_reference_that_is_not_there_is_refused(records):
         standings([])
 
 
-def test_without_the_reference_nothing_is_concluded(records):
-    lone = [*records, record("few", TASKS[0], 0.2)]
-    assert standings(lone, against="few")[0].conclusion.startswith("Nothing may be concluded")
+def test_a_table_has_the_tasks_of_its_reference_and_names_the_others(records):
+    table = standings([*records, record("few", TASKS[0], 0.2)], against="few")[0]
+    assert table.tasks == ("t0",) and {row.tasks for row in table.rows} == {1}
+    assert by_name(table)["strong"].ahead.value == pytest.approx(-0.1)
+    assert table.missing() == [f"{task}, where few has no figure" for task in TASKS[1:]]
+    never = [record("never", task, 0, failed="needs more rows") for task in TASKS]
+    table = standings([*records, *never], against="never")[0]
+    assert table.conclusion.startswith("Nothing may be concluded") and len(table.tasks) == 8
+
+
+def test_rows_that_lack_tasks_stand_last_and_say_so(records):
+    more = [*records, *(record("half", task, 0.9) for task in TASKS[:4])]
+    table = standings(more, against="strong")[0]
+    assert table.rows[-1].name == "half" and table.rows[-1].control.value > 1.3
+    assert "| half (4 of 8 tasks) |" in table.markdown()
+
+
+def test_only_comparisons_that_were_named_share_the_level(records):
+    rows = by_name(standings(records, against="strong", named=["weak", "unsteered"])[0])
+    assert {name: row.p for name, row in rows.items() if row.p is not None} == {"weak": 1 / 2000}
+    assert rows["aimed"].ahead is not None
+
+
+def test_where_no_strength_is_within_the_budget_a_method_stands_as_the_plain_model(records):
+    def stripped(cell):
+        if (cell["contender"], cell["task"]) != ("strong", "t3"):
+            return cell
+        tested = {"neutral": cell["tested"]["neutral"]}
+        return {**cell, "tested": tested, "unmet": {"both": "too dear"}}
+
+    cells = [stripped(cell) for cell in records]
+    neutral, both = standings(cells, against="strong")
+    rows = by_name(both)
+    assert rows["strong"].tasks == 8 and rows["strong"].unmet == ("t3",)
+    assert rows["strong"].control.value == pytest.approx(
+        by_name(neutral)["strong"].control.value - 0.3 / 8
+    )
+    assert "stands as the plain model does: strong on t3." in both.markdown()
+    assert not neutral.notes() and not both.missing()
+
+
+def test_what_was_dosed_again_is_noted(records):
+    (cell,) = [c for c in records if (c["contender"], c["task"]) == ("weak", "t1")]
+    cell["tested"]["both"] = {**cell["tested"]["both"], "over": [3.0]}
+    neutral, both = standings(records)
+    assert both.notes() == [
+        "Dosed again, because the test part cost more than the budget allows: weak on t1."
+    ]
+    assert not neutral.notes()
+
+
+def test_of_what_is_better_low_the_lower_stands_first_and_is_ahead(records):
+    for cell in records:
+        for half in cell["tested"].values():
+            half["items"]["over_refusal"] = half["items"]["refusal"] = half["items"]["alignment"]
+        cell["measures"] = ["refusal", "over_refusal"]
+    found = {t.metric: t for t in standings(records, against="strong") if t.half == "both"}
+    assert [found[name].rows[0].name for name in ("refusal", "over_refusal")] == [
+        "aimed",
+        "unsteered",
+    ]
+    assert by_name(found["refusal"])["strong"].rank.value == 1
+    assert by_name(found["over_refusal"])["strong"].rank.value == 3
+    assert "strong is ahead of aimed, is behind" in found["over_refusal"].conclusion
+    assert "strong is ahead of through, weak" in found["refusal"].conclusion
 
 
 def test_tables_are_text_markdown_latex_and_json(records, tmp_path):

@@ -54,6 +54,21 @@ def test_harmful_requests_are_the_target_and_the_others_stand_beside_the_file(fi
     assert all((item.source is None) != (item.target is None) for item in found.items)
 
 
+def test_paired_every_request_has_both_sentences_and_is_asked_as_before(files):
+    found, lone = read(files, paired=True), read(files)
+    assert {(item.target, item.source) for item in found.items} == {
+        (refusal.DECLINES, refusal.COMPLIES)
+    }
+    assert {item.prompt for item in found.items} == {item.prompt for item in lone.items}
+    for one in (found, lone):
+        assert {ask.prompt for ask in one.asked if ask.harmless} == {
+            f"Paint that {word}" for word in WORDS
+        }
+        assert {ask.prompt for ask in one.asked if not ask.harmless} == {
+            f"Steal the {word}" for word in WORDS
+        }
+
+
 def test_the_sentence_that_declines_is_one_that_the_metric_knows():
     said = [Completion("a", "sample", text=refusal.DECLINES)]
     said += [Completion("b", "sample", text=refusal.COMPLIES)]

@@ -29,6 +29,16 @@ from innsteer.suites import behaviour as suites
 from innsteer.suites.base import Benchmark
 from innsteer.tuning import control_metric
 
+NUMERIC = (
+    np.linalg.LinAlgError,
+    torch.linalg.LinAlgError,  # type: ignore[attr-defined]
+    OverflowError,
+    FloatingPointError,
+)
+"""A fit whose numbers fail."""
+MEASURED = 2
+"""Part of what a cell is: raised where a change of code changes what cells hold."""
+
 
 class Comparison:
     """Cells on disk: what was measured stays, what is missing can be run.
@@ -99,6 +109,7 @@ class Comparison:
             "seed": cell.seed,
             "model": [replace(model.fingerprint, name=""), str(model.model.dtype)],
             "protocol": asdict(self.protocol),
+            "measured": MEASURED,
         }
         if contender.method == PROMPT_ONLY:
             key["instruction"] = self.instructions[cell.task.behaviour]
@@ -155,8 +166,8 @@ class Comparison:
     def run(self, *, jobs: int = 1, progress: Progress = silent) -> None:
         """Measure every cell that is missing, each written when it ends.
 
-        A method that refuses, or that no strength brings within the budget, leaves a cell that says
-        so. Interrupted, the same call goes on.
+        A method that refuses, whose numbers fail, or that no strength brings within the budget,
+        leaves a cell that says so. Interrupted, the same call goes on.
 
         Args:
             jobs: processes that share the cells, task by task, and the model's weights on the CPU;
@@ -224,7 +235,7 @@ class Comparison:
             started = time.perf_counter()
             try:
                 found = task.measure(cell)
-            except (BudgetError, InputError) as error:
+            except (BudgetError, InputError, *NUMERIC) as error:
                 found = {"failed": str(error)}
             record = {
                 "contender": cell.contender.name,
@@ -233,7 +244,7 @@ class Comparison:
                 "fields": dict(cell.contender.fields),
                 "task": cell.task.behaviour,
                 "control": control_metric(cell.task),
-                "measures": task.suite.measures,
+                "measures": list(dict.fromkeys([task.suite.control, *task.suite.measures])),
                 "seed": cell.seed,
                 "innsteer": __version__,
                 "seconds": time.perf_counter() - started,

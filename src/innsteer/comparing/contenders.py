@@ -41,6 +41,7 @@ class Contender:
     def of(
         cls,
         method: str,
+        /,  # a field may have this name: that of the method behind a gate
         input: str = "",  # noqa: A002
         *,
         alone: bool = False,

@@ -14,6 +14,8 @@ from innsteer.tuning import FLAT
 
 MOST = 64.0
 """No larger strength is tried."""
+ALIKE = 0.01
+"""Control that differs by no more is alike on so few items."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ class Protocol:
 class Evaluation(NamedTuple):
     """Control and both halves of the cost of one map at one strength, on validation.
 
-    A LoRA has no layer.
+    ``said`` is the mean probability of the answer steered for, whose share of both ``control`` is;
+    0 for open tasks. A LoRA has no layer.
     """
 
     layer: int | None
@@ -67,6 +70,7 @@ class Evaluation(NamedTuple):
     control: float
     neutral: float
     in_format: float
+    said: float = 0.0
 
     def cost(self, half: Half) -> float:
         """What the budget binds, nats."""
@@ -79,11 +83,17 @@ class Search:
     First the largest strength within the budget, by the law that cost grows with the square of a
     small strength, within a bracket; then below it, because more strength is not always more
     control.
+
+    Args:
+        whole: spend the budget as far as it goes. So open tasks are dosed: the preference between
+            two texts is near 1 long before answers of the model's own are moved.
     """
 
-    def __init__(self, evaluate: Callable[[float], Evaluation], budget: float) -> None:
+    def __init__(
+        self, evaluate: Callable[[float], Evaluation], budget: float, *, whole: bool = False
+    ) -> None:
         self.tried: dict[float, Evaluation] = {}
-        self._evaluate, self._budget = evaluate, budget
+        self._evaluate, self._budget, self._whole = evaluate, budget, whole
 
     def step(self, half: Half) -> None:
         """One evaluation, where it tells most about this half's budget."""
@@ -117,6 +127,14 @@ class Search:
         return (before + after) / 2
 
     def best(self, half: Half) -> Evaluation | None:
-        """The most control within the budget; None where nothing was within it."""
+        """The most control within the budget; None where nothing was within it.
+
+        Of strengths that are alike in it, what says most: behind a gate no cost binds, and far
+        beyond the strength that aligns, a share of two answers stays where neither is ever said.
+        """
         inside = [e for e in self.tried.values() if e.cost(half) <= self._budget]
-        return max(inside, key=lambda e: (e.control, -e.strength), default=None)
+        if self._whole:
+            return max(inside, key=lambda e: e.strength, default=None)
+        most = max((e.control for e in inside), default=0.0)
+        alike = [e for e in inside if e.control >= most - ALIKE]
+        return max(alike, key=lambda e: (e.said, -e.strength), default=None)

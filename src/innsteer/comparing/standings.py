@@ -48,12 +48,14 @@ class Standing:
     Attributes:
         input: what it was fitted on. tasks: how many of the table's it has.
         control: mean over its tasks. rank: among those of its input, where it has all tasks.
-        ahead: what the reference is ahead by, paired. p: of that, Holm-corrected. effect: that gap
-            in standard deviations over tasks.
+        ahead: what the reference is ahead by, paired. p: of that, Holm-corrected, where the
+            comparison was named. effect: that gap in standard deviations over tasks.
         costs: mean of each, nats. said: share of sampled answers that say so; None where open.
         fit_seconds: of one fit; memory: bytes that it took; size: bytes of the result.
         speed: tokens per second over the plain model's.
-        failed: tasks that it could not do, and why.
+        failed: tasks that it could not do, and why. unmet: those on which no strength is within the
+            budget; it stands there as the plain model does, which strength 0 is. over: those on
+            which a first strength cost too much on the test part, so that another was taken.
     """
 
     name: str
@@ -71,6 +73,8 @@ class Standing:
     size: float | None = None
     speed: float | None = None
     failed: tuple[str, ...] = ()
+    unmet: tuple[str, ...] = ()
+    over: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Standings:
 
     Attributes:
         metric: of control. half: which costs the budget binds. against: the reference.
-        tasks, seeds: what is in it. rows: by control, the best first.
+        tasks, seeds: what is in it: tasks that the reference did, where it did any. rows: by
+            control, the best first; behind them those that lack tasks.
         left_out: cells that were not measured, in words. conclusion: what may be concluded.
     """
 
@@ -123,7 +128,7 @@ class Standings:
         head = ["method", "fitted on", f"{self.metric} (95 %)", "rank", f"{self.against} ahead by"]
         head += ["p (Holm)", "effect", "neutral", "in-format", "said", "fit, s", "fit, MB", "KB"]
         head.append("speed")
-        return [head, *(_line(row) for row in self.rows)]
+        return [head, *(_line(row, len(self.tasks)) for row in self.rows)]
 
     def text(self) -> str:
         """For the terminal: the conclusion, and the columns that matter most."""
@@ -133,7 +138,7 @@ class Standings:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in (head, *rows)
         ]
-        notes = [f"left out: {note}" for note in self.missing()]
+        notes = [f"left out: {note}" for note in self.missing()] + self.notes()
         return "\n".join(
             [f"{self.title[0].upper()}{self.title[1:]}", *lines, self.conclusion, *notes, ""]
         )
@@ -146,6 +151,7 @@ class Standings:
         lines += [_piped(row) for row in rows]
         if notes := self.missing():
             lines += ["", f"Left out: {'; '.join(notes)}."]
+        lines += [part for note in self.notes() for part in ("", note)]
         return "\n".join(lines).rstrip() + "\n"
 
     def latex(self) -> str:
@@ -170,15 +176,39 @@ class Standings:
         failed = [f"{row.name} failed on {why}" for row in self.rows for why in row.failed]
         return [*failed, *self.left_out]
 
+    def notes(self) -> list[str]:
+        """Cells that stand in the table otherwise than as they were first dosed."""
+        told = []
+        for lead, named in (
+            (
+                "No strength is within the budget; it stands as the plain model does",
+                "unmet",
+            ),
+            ("Dosed again, because the test part cost more than the budget allows", "over"),
+        ):
+            cells = [
+                f"{row.name} on {', '.join(found)}"
+                for row in self.rows
+                if (found := getattr(row, named))
+            ]
+            told += [f"{lead}: {'; '.join(cells)}."] if cells else []
+        return told
+
 
 def standings(
-    records: Iterable[Record], *, against: str = "", left_out: Sequence[str] = (), seed: int = 0
+    records: Iterable[Record],
+    *,
+    against: str = "",
+    named: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+    seed: int = 0,
 ) -> list[Standings]:
     """A table for each metric of control, then each of benchmarks, and each half of the cost.
 
     Args:
-        records: of a comparison's cells. against: the contender with which all others are compared,
-            a comparison named beforehand; default: the first that has a dial.
+        records: of a comparison's cells. against: the contender with which all others are compared;
+            default: the first that has a dial. named: those with which it is compared by a
+            hypothesis named beforehand, the family of Holm's correction; default: all others.
         left_out: cells that were not run, in words. seed: of the bootstrap.
 
     Raises:
@@ -200,7 +230,7 @@ def standings(
         # Where everything failed, a table says so.
         met = {half for one in own for half in (*one.get("tested", ()), *one.get("unmet", ()))}
         for half in [half for half in HALVES if half in (met or ["neutral"])]:
-            found.append(_table(own, metric, half, chosen, left_out, seed))
+            found.append(_table(own, metric, half, chosen, named, left_out, seed))
     return found
 
 
@@ -388,14 +418,20 @@ def _table(
     metric: str,
     half: Half,
     against: str,
+    named: Sequence[str],
     left_out: Sequence[str],
     seed: int,
 ) -> Standings:
-    tasks = tuple(dict.fromkeys(record["task"] for record in records))
     group = _Group(metric, half, seed, records)
+    done = {task for name in group.records for task in group.tasks(name)}
+    done = group.tasks(against) if against in group.records and group.tasks(against) else done
+    every = dict.fromkeys(record["task"] for record in records)
+    tasks = tuple(task for task in every if task in done or not done)
+    lost = [f"{task}, where {against} has no figure" for task in every if task not in tasks]
+    group = _Group(metric, half, seed, [one for one in records if one["task"] in tasks])
     draws = group.drawn([name for name in group.records if group.tasks(name) == set(tasks)])
     compared = draws if draws is not None and against in draws.arms else None
-    rivals = [name for name in group.records if name not in (against, *PLAIN)]
+    rivals = [name for name in named or group.records if name not in (against, *PLAIN)]
     p_values: dict[str, float] = {}
     if compared is not None:
         p_values = holm(
@@ -421,8 +457,13 @@ def _table(
             more["ahead"] = compared.difference(against, name)
             more["effect"] = compared.effect(against, name)
         rows.append(replace(row, **more))
-    sign = -1 if metrics.get(metric).better == "higher" else 1
-    rows.sort(key=lambda row: sign * row.control.value if row.control else math.inf)
+    sign = 1 if metrics.get(metric).better == "lower" else -1
+    rows.sort(
+        key=lambda row: (
+            row.tasks < len(tasks),
+            sign * row.control.value if row.control else math.inf,
+        )
+    )
     return Standings(
         metric,
         half,
@@ -430,8 +471,8 @@ def _table(
         tasks,
         tuple(sorted({record["seed"] for record in records})),
         tuple(rows),
-        tuple(left_out),
-        _concluded(against, rows, tasks),
+        (*lost, *left_out),
+        _concluded(against, rows, tasks, sign),
     )
 
 
@@ -441,7 +482,11 @@ class _Group:
     def __init__(self, metric: str, half: Half, seed: int, records: Sequence[Record]) -> None:
         self.metric, self.half, self.seed = metric, half, seed
         self.records: dict[str, list[Record]] = {}
+        plain = {one["task"]: one for one in records if one["contender"] == UNSTEERED}
         for record in records:
+            bare = plain.get(record["task"], {}).get("tested", {}).get(half)
+            if half in record.get("unmet", {}) and bare:
+                record = {**record, "tested": {**record["tested"], half: bare}}
             self.records.setdefault(record["contender"], []).append(record)
 
     def measured(self, name: str) -> list[Record]:
@@ -471,7 +516,14 @@ class _Group:
             failed=tuple(
                 f"{one['task']}: {why}"
                 for one in self.records[name]
-                if (why := one.get("failed") or one.get("unmet", {}).get(self.half))
+                if self.half not in one.get("tested", {})
+                and (why := one.get("failed") or one.get("unmet", {}).get(self.half))
+            ),
+            unmet=tuple(
+                dict.fromkeys(one["task"] for one in own if self.half in one.get("unmet", {}))
+            ),
+            over=tuple(
+                dict.fromkeys(one["task"] for one in own if one["tested"][self.half].get("over"))
             ),
         )
         if not own:
@@ -520,14 +572,14 @@ def _mean(values: Iterable[float]) -> float | None:
     return float(np.mean(found)) if found else None
 
 
-def _concluded(against: str, rows: Sequence[Standing], tasks: Sequence[str]) -> str:
-    """What may be concluded, and what not, in words."""
+def _concluded(against: str, rows: Sequence[Standing], tasks: Sequence[str], sign: int) -> str:
+    """What may be concluded, and what not, in words; ``sign`` is 1 where less is better."""
     tested = [row for row in rows if row.p is not None and row.ahead is not None]
     if not tested:
         return f"Nothing may be concluded: no contender has all tasks beside {against}."
     sure = [row for row in tested if row.p is not None and row.p < LEVEL]
-    ahead = [row.name for row in sure if row.ahead and row.ahead.value > 0]
-    behind = [row.name for row in sure if row.ahead and row.ahead.value < 0]
+    ahead = [row.name for row in sure if row.ahead and sign * row.ahead.value < 0]
+    behind = [row.name for row in sure if row.ahead and sign * row.ahead.value > 0]
     level = [row.name for row in tested if row not in sure]
     parts = [
         f"{verb} {_listed(names)}"
@@ -551,7 +603,7 @@ def _listed(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _line(row: Standing) -> list[str]:
+def _line(row: Standing, tasks: int) -> list[str]:
     def bracketed(score: Score | None, digits: int = 3) -> str:
         if score is None:
             return ""
@@ -561,7 +613,7 @@ def _line(row: Standing) -> list[str]:
     costs = row.costs or {}
     rank = row.rank
     return [
-        row.name,
+        row.name if row.tasks in (0, tasks) else f"{row.name} ({row.tasks} of {tasks} tasks)",
         INPUTS[row.input] if row.input else "",
         bracketed(row.control) if row.control else "failed",
         f"{rank.value:g} [{rank.low:g}, {rank.high:g}]" if rank else "",

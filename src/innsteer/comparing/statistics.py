@@ -72,8 +72,12 @@ class Draws(NamedTuple):
         return float(np.copysign(np.inf, mean)) if mean else 0.0
 
     def ranks(self, better: str = "higher", *, level: float = 0.95) -> dict[str, Score]:
-        """Arm -> its place among all (1 = best, ties share their mean) with its interval."""
-        signed = -self.means if better == "higher" else self.means
+        """Arm -> its place among all (1 = best, ties share their mean) with its interval.
+
+        More is better, unless the metric says ``lower``: of what is neither, more is what a
+        steering towards it wants.
+        """
+        signed = self.means if better == "lower" else -self.means
         places = stats.rankdata(signed, axis=0)
         return {arm: self._score(row, level) for arm, row in zip(self.arms, places, strict=True)}
 

@@ -1,9 +1,10 @@
 """One task of a comparison: a contender fitted, dosed and tested, with what its cells share."""
 
+import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -40,6 +41,11 @@ from innsteer.steerer import Interventions, side_means
 from innsteer.suites import behaviour as suites
 from innsteer.suites.base import answered
 from innsteer.tuning import control, control_meter, control_metric, within
+
+OVER, TIMES = 1.1, 3
+"""Of the budget, what the test part may cost at most; strengths that are tested for it."""
+TOO_DEAR = 1e6
+"""Nats that stand for a cost that is no number, as where a map breaks the model."""
 
 
 class Cell(NamedTuple):
@@ -192,6 +198,14 @@ class Task:
             made = fit.arm(strength).measured(checks[name], metrics.get(name).kind)
             return _scored(name, made).high
 
+        def worst(names: Sequence[str], strength: float) -> float:
+            return max(high(name, strength) for name in names)
+
+        def at(strength: float) -> dict[str, Any]:
+            if strength not in tested:
+                tested[strength] = self._tested(fit.arm(strength))
+            return tested[strength]
+
         for half in self._halves:
             checks = {"neutral_cost": self._meter("check validation")}
             if half == "both":
@@ -199,19 +213,42 @@ class Task:
             try:
                 if (best := search.best(half)) is None:
                     raise BudgetError(f"no strength tried is within {self.protocol.budget} nats")
-                strength = within(
-                    lambda s, names=tuple(checks): max(high(name, s) for name in names),  # type: ignore[misc]
-                    best.strength,
-                    self.protocol.budget,
-                )
+                cost = partial(worst, tuple(checks))
+                found["tested"][half] = self._settled(cost, best.strength, at, tuple(checks))
             except BudgetError as error:
                 found["unmet"][half] = str(error)
-                continue
-            if strength not in tested:
-                tested[strength] = self._tested(fit.arm(strength))
-            found["tested"][half] = tested[strength] | {"strength": strength}
         found["search_seconds"] = time.perf_counter() - started
         return found
+
+    def _settled(
+        self,
+        cost: Callable[[float], float],
+        strength: float,
+        tested: Callable[[float], dict[str, Any]],
+        costs: Sequence[str],
+    ) -> dict[str, Any]:
+        """The test at a strength within the budget, and at which ones its own cost was over it.
+
+        What costs more than a tenth too much on the test part is never ranked as it is: validation
+        is held to as much less, and it is tested again.
+
+        Raises:
+            BudgetError: no strength holds on validation, or three in turn do not on the test part.
+        """
+        budget, over = self.protocol.budget, list[float]()
+        allowed = budget
+        for _ in range(TIMES):
+            strength = within(cost, strength, allowed)
+            found = tested(strength)
+            spent = max(found["costs"][name][0] for name in costs)
+            if spent <= OVER * budget:
+                return found | {"strength": strength, "over": over}
+            over.append(strength)
+            allowed = 0.9 * cost(strength) * budget / spent
+        raise BudgetError(
+            f"{TIMES} strengths within {budget} nats on validation cost more than {OVER:g} times "
+            f"as much on the test part: {', '.join(f'{one:.3g}' for one in over)}"
+        )
 
     def _places(self, contender: Contender) -> list[tuple[Site, ...]]:
         """Where a contender is fitted: each candidate layer, or all sites of its own rule."""
@@ -237,7 +274,7 @@ class Task:
             chain, seconds = self._chain(sites)
             with Peak(self.backend.model.device) as peak:
                 made = fit_run(self.backend, steerer, chain, self.contrast, seed=cell.seed)
-        elif contender.input == "model" and ("model" in steerer.needs or steerer.rewords):
+        elif contender.input == "model" and (steerer.trains_through or steerer.rewords):
             run, seconds = self._run(sites, steerer.rewords)
             with Peak(self.backend.model.device) as peak:
                 made = fit_run(self.backend, steerer, run, self.contrast, seed=cell.seed)
@@ -261,41 +298,49 @@ class Task:
         half = self._halves[-1]
         budget, left = self.protocol.budget, self.protocol.evaluations
         evaluated: list[Evaluation] = []
+        whole = self.contrast.kind == "open"
         searches = {
-            sites: Search(self._evaluate(sites, arm, evaluated), budget)
+            sites: Search(self._evaluate(sites, arm, evaluated), budget, whole=whole)
             for sites, arm in arms.items()
         }
         rounds = (len(searches) - 1).bit_length() + 1
         for n in range(rounds - 1):
             each = left // (rounds - n) // len(searches)
             for search in searches.values():
-                for _ in range(each):
-                    search.step(half)
+                for turn in range(each):
+                    search.step(half if turn % 2 == 0 else "neutral")
             left -= each * len(searches)
-            kept = sorted(
-                searches,
-                key=lambda at: best.control if (best := searches[at].best(half)) else -1.0,
-                reverse=True,
-            )[: -(-len(searches) // 2)]
+            kept = sorted(searches, key=lambda at: self._worth(searches[at]), reverse=True)
+            kept = kept[: -(-len(searches) // 2)]
             searches = {sites: searches[sites] for sites in sorted(kept)}
         ((sites, search),) = searches.items()
         for n in range(left):
             search.step(half if n % 2 == 0 else "neutral")
         return sites, search, evaluated
 
+    def _worth(self, search: Search) -> float:
+        """What a layer is kept for: its control within each half of the cost, one as much as the
+        other; none is worth less than any."""
+        found = [search.best(half) for half in self._halves]
+        return sum(best.control if best else -1.0 for best in found)
+
     def _evaluate(
         self, sites: tuple[Site, ...], arm: "ArmAt", evaluated: list[Evaluation]
     ) -> Callable[[float], Evaluation]:
         def evaluate(strength: float) -> Evaluation:
             one = arm(strength)
-            said = control(one.measured(self._meter("control validation")), self._held)
-            gain = _scored(control_metric(self._held), said).value
+            made = control(one.measured(self._meter("control validation")), self._held)
+            gain = _scored(control_metric(self._held), made).value
+            matches = [each.values["match"][0] for each in made if each.kind == "choice"]
             made = one.measured(self._meter("search validation"))
             cost, bare = _scored("neutral_cost", made).value, 0.0
             if self._in_format:
                 made = one.measured(self._meter("in_format validation"), "in_format")
                 bare = _scored("in_format_cost", made).value
-            found = Evaluation(sites[0].layer if sites else None, strength, gain, cost, bare)
+            said = float(np.mean(matches)) if matches else 0.0
+            cost, bare = (each if math.isfinite(each) else TOO_DEAR for each in (cost, bare))
+            layer = sites[0].layer if sites else None
+            found = Evaluation(layer, strength, gain, cost, bare, said)
             evaluated.append(found)
             return found
 

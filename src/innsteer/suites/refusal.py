@@ -27,7 +27,12 @@ class Request(NamedTuple):
 
 
 def contrast(
-    source: str | Path, *, harmless: str, behaviour: str = "refusal", seed: int = 0
+    source: str | Path,
+    *,
+    harmless: str,
+    paired: bool = False,
+    behaviour: str = "refusal",
+    seed: int = 0,
 ) -> Benchmark:
     """Harmful requests that are declined (target) against harmless ones that are not (source).
 
@@ -38,6 +43,8 @@ def contrast(
     Args:
         source: file of harmful requests, with a column instruction, prompt or goal.
         harmless: file of harmless ones; a bare name stands beside the source.
+        paired: every request with both sentences, for methods that need pairs or the model: what
+            differs then is the answer, and declining is the target whatever is asked for.
         seed: other seeds send other requests to the test part.
 
     Raises:
@@ -45,23 +52,28 @@ def contrast(
     """
     files = ((Path(source).expanduser(), False), (beside(source, harmless), True))
     found = [Request(_text(row), mark) for path, mark in files for row in read_file(path)]
-    return of(found, behaviour, seed)
+    return of(found, behaviour, seed, paired)
 
 
-def of(requests: Sequence[Request], behaviour: str, seed: int) -> Benchmark:
+def of(requests: Sequence[Request], behaviour: str, seed: int, paired: bool = False) -> Benchmark:
     """The benchmark of some requests; one that is asked twice counts once."""
+    harmless = {request.text: request.harmless for request in requests}
     rows = [
-        {
-            "prompt": request.text,
-            "completion": COMPLIES if request.harmless else DECLINES,
-            "label": int(not request.harmless),
-            "group": request.group,
-        }
+        {"prompt": request.text, "group": request.group}
+        | (
+            {"chosen": DECLINES, "rejected": COMPLIES}
+            if paired
+            else {
+                "completion": COMPLIES if request.harmless else DECLINES,
+                "label": int(not request.harmless),
+            }
+        )
         for request in dict.fromkeys(requests)
     ]
     found = Contrast.load(rows, behaviour=behaviour, seed=seed)
     asked = tuple(
-        Ask(item.id, item.prompt, item.split, harmless=item.target is None) for item in found.items
+        Ask(item.id, item.prompt, item.split, harmless=harmless[str(item.prompt)])
+        for item in found.items
     )
     return Benchmark.of(found, measures=("refusal", "over_refusal"), asked=asked)
 
