@@ -308,7 +308,8 @@ class Task:
             each = left // (rounds - n) // len(searches)
             for search in searches.values():
                 for turn in range(each):
-                    search.step(half if turn % 2 == 0 else "neutral")
+                    # The first is the same for both; the second is within both, if any is.
+                    search.step(half if turn % 2 else "neutral")
             left -= each * len(searches)
             kept = sorted(searches, key=lambda at: self._worth(searches[at]), reverse=True)
             kept = kept[: -(-len(searches) // 2)]

@@ -57,7 +57,7 @@ def contrast(
 
 def of(requests: Sequence[Request], behaviour: str, seed: int, paired: bool = False) -> Benchmark:
     """The benchmark of some requests; one that is asked twice counts once."""
-    harmless = {request.text: request.harmless for request in requests}
+    fair = {request.text for request in requests if request.harmless}
     rows = [
         {"prompt": request.text, "group": request.group}
         | (
@@ -72,7 +72,7 @@ def of(requests: Sequence[Request], behaviour: str, seed: int, paired: bool = Fa
     ]
     found = Contrast.load(rows, behaviour=behaviour, seed=seed)
     asked = tuple(
-        Ask(item.id, item.prompt, item.split, harmless=harmless[str(item.prompt)])
+        Ask(item.id, item.prompt, item.split, item.prompt in fair if paired else not item.target)
         for item in found.items
     )
     return Benchmark.of(found, measures=("refusal", "over_refusal"), asked=asked)
