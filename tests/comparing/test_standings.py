@@ -19,7 +19,7 @@ def record(name, task, shift, *, seed=0, input="classes", metric="alignment", fa
     items = {f"{n:02d}": [[0.5 + shift + 0.01 * (n % 3), 1.0, "Yes"]] for n in range(12)}
     half = {
         "strength": 2.0,
-        "items": {metric: items, "said_alignment": items},
+        "items": {metric: items, "said_alignment": items, "answer_mass": items},
         "costs": {"neutral_cost": [0.05, 0.04, 0.06, 90, 0.95], "in_format_cost": [0.01] * 5},
         "tokens_per_second": 50.0 if name == "unsteered" else 40.0,
         "samples": [["Is it so?", "<b>Yes</b>"]],
@@ -81,7 +81,9 @@ def test_rows_stand_by_control_with_their_gap_to_the_reference(records):
     assert rows["weak"].memory == 3 << 20
     assert rows["weak"].speed == pytest.approx(0.8) and rows["unsteered"].speed == 1.0
     assert rows["weak"].costs == {"neutral_cost": 0.05, "in_format_cost": 0.01}
-    assert rows["weak"].said.value == rows["weak"].control.value
+    assert rows["weak"].said.value == rows["weak"].control.value == rows["weak"].mass.value
+    head, *lines = both.grid()
+    assert {len(line) for line in lines} == {len(head)} and lines[0][head.index("mass")] == "0.92"
 
 
 def test_no_ranking_mixes_what_was_fitted_on_other_rows(records):
@@ -197,7 +199,8 @@ def test_where_no_strength_is_within_the_budget_a_method_stands_as_the_plain_mod
     assert rows["strong"].control.value == pytest.approx(
         by_name(neutral)["strong"].control.value - 0.3 / 8
     )
-    assert "stands as the plain model does: strong on t3." in both.markdown()
+    told = "stands as the plain model does: strong on t3."
+    assert told in both.markdown() and told in both.text() and told in page([both], cells, {})
     assert not neutral.notes() and not both.missing()
 
 

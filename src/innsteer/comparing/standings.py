@@ -50,7 +50,8 @@ class Standing:
         control: mean over its tasks. rank: among those of its input, where it has all tasks.
         ahead: what the reference is ahead by, paired. p: of that, Holm-corrected, where the
             comparison was named. effect: that gap in standard deviations over tasks.
-        costs: mean of each, nats. said: share of sampled answers that say so; None where open.
+        costs: mean of each, nats. said: share of sampled answers that say so; mass: what the two
+            answers hold of all that could be said; both None where open.
         fit_seconds: of one fit; memory: bytes that it took; size: bytes of the result.
         speed: tokens per second over the plain model's.
         failed: tasks that it could not do, and why. unmet: those on which no strength is within the
@@ -68,6 +69,7 @@ class Standing:
     effect: float | None = None
     costs: Mapping[str, float] | None = None
     said: Score | None = None
+    mass: Score | None = None
     fit_seconds: float | None = None
     memory: float | None = None
     size: float | None = None
@@ -101,7 +103,7 @@ class Standings:
         """Plain data; what is not a number is null."""
         found = asdict(self)
         for row, own in zip(found["rows"], self.rows, strict=True):
-            for name in ("control", "rank", "ahead", "said"):
+            for name in ("control", "rank", "ahead", "said", "mass"):
                 score = getattr(own, name)
                 row[name] = None if score is None else score._asdict()
             if own.effect is not None and not math.isfinite(own.effect):
@@ -126,8 +128,8 @@ class Standings:
     def grid(self) -> list[list[str]]:
         """Header and rows as text."""
         head = ["method", "fitted on", f"{self.metric} (95 %)", "rank", f"{self.against} ahead by"]
-        head += ["p (Holm)", "effect", "neutral", "in-format", "said", "fit, s", "fit, MB", "KB"]
-        head.append("speed")
+        head += ["p (Holm)", "effect", "neutral", "in-format", "said", "mass", "fit, s", "fit, MB"]
+        head += ["KB", "speed"]
         return [head, *(_line(row, len(self.tasks)) for row in self.rows)]
 
     def text(self) -> str:
@@ -528,7 +530,8 @@ class _Group:
         )
         if not own:
             return found
-        draws, said = self.drawn([name]), self.drawn([name], "said_alignment")
+        draws = self.drawn([name])
+        said, mass = (self.drawn([name], one) for one in ("said_alignment", "answer_mass"))
         plain = [one for one in self.records.get(UNSTEERED, []) if "tested" in one]
         speed, usual = (
             _mean(one["tested"][self.half]["tokens_per_second"] for one in part)
@@ -539,6 +542,7 @@ class _Group:
             control=draws.score(name) if draws else None,
             costs=_costs(own, self.half),
             said=said.score(name) if said else None,
+            mass=mass.score(name) if mass else None,
             fit_seconds=_mean(one["fit_seconds"] / one["fits"] for one in own if "fits" in one),
             memory=_mean(one["memory"] for one in own if one.get("memory") is not None),
             size=_mean(one["bytes"] for one in own if "bytes" in one),
@@ -623,6 +627,7 @@ def _line(row: Standing, tasks: int) -> list[str]:
         f"{costs['neutral_cost']:.3f}" if "neutral_cost" in costs else "",
         f"{costs['in_format_cost']:.3f}" if "in_format_cost" in costs else "",
         bracketed(row.said, 2),
+        "" if row.mass is None else f"{row.mass.value:.2f}",
         "" if row.fit_seconds is None else f"{row.fit_seconds:.3g}",
         "" if row.memory is None else f"{row.memory / 2**20:.3g}",
         "" if row.size is None else f"{row.size / 1024:.3g}",
