@@ -181,6 +181,28 @@ def test_of_strengths_that_align_alike_the_one_that_says_most_is_taken():
             one.step("neutral")
     assert max(search.tried) == MOST and 1 <= search.best("neutral").strength < 4
     assert whole.best("neutral").strength == MOST, "open answers move last"
+    assert whole.settled("neutral") and not search.settled("neutral")
+
+
+@pytest.mark.parametrize("unit", [0.05, 0.5, 3.0])
+def test_a_layer_of_an_open_task_is_kept_for_what_it_moves_at_one_cost(unit):
+    """Two layers that move alike per root of cost are alike, wherever two guesses landed."""
+
+    def layer(cost, moved):
+        search = Search(
+            lambda s: Evaluation(0, s, 1.0, cost * s**2, 0.0, moved * s), 0.1, whole=True
+        )
+        for _ in range(2):
+            search.step("neutral")
+        return search
+
+    first, second = layer(unit, 4.0), layer(4 * unit, 8.0)
+    assert first.worth("neutral") == pytest.approx(second.worth("neutral"))
+    assert layer(unit, 5.0).worth("neutral") > first.worth("neutral")
+    for _ in range(6):
+        first.step("neutral")
+    assert first.settled("neutral") and first.best("neutral").neutral >= 0.097
+    assert not Search(law(2.0), 0.1, whole=True).settled("neutral"), "nothing tried"
 
 
 def test_a_map_that_costs_nothing_is_tried_up_to_the_largest_strength():

@@ -14,6 +14,8 @@ from innsteer.tuning import FLAT
 
 MOST = 64.0
 """No larger strength is tried."""
+TINY = 1e-6
+"""Nats below which a cost is rounding."""
 ALIKE = 0.01
 """Control that differs by no more is alike on so few items."""
 
@@ -62,7 +64,8 @@ class Evaluation(NamedTuple):
     """Control and both halves of the cost of one map at one strength, on validation.
 
     ``said`` is the mean probability of the answer steered for, whose share of both ``control`` is;
-    0 for open tasks. A LoRA has no layer.
+    for open tasks the mean change in log-odds, nats, which ``control`` squashes. A LoRA has no
+    layer.
     """
 
     layer: int | None
@@ -108,17 +111,38 @@ class Search:
         inside = [strength for strength, cost in costs.items() if cost <= self._budget]
         high = min((s for s, cost in costs.items() if cost > self._budget), default=math.inf)
         low = max((s for s in inside if s < high), default=0.0)
-        spent = costs[low] >= 0.9 * self._budget if low else False
-        if spent or low >= MOST or high < 1.05 * low:
+        enough, aim, gap = (0.97, 0.985, 1.01) if self._whole else (0.9, 0.97, 1.05)
+        spent = costs[low] >= enough * self._budget if low else False
+        if spent or low >= MOST or high < gap * low:
             return self._below(low)
         near = low or high
-        guess = near * math.sqrt(0.97 * self._budget / costs[near]) if costs[near] else 10 * near
+        guess = near * math.sqrt(aim * self._budget / costs[near]) if costs[near] else 10 * near
         guess = min(max(guess, near / 10), near * 10, MOST)
         if len(costs) > 2 and not low:
             guess = min(guess, FLAT * near)
         if low < guess < high:
             return guess
         return (low + high) / 2 if low else high / 4
+
+    def settled(self, half: Half) -> bool:
+        """Whether more evaluations would change nothing: what shall be spent of the budget is."""
+        costs = [(s, found.cost(half)) for s, found in self.tried.items()]
+        inside = [(s, cost) for s, cost in costs if cost <= self._budget]
+        strength, cost = max(inside, default=(0.0, 0.0))
+        return self._whole and (cost >= 0.97 * self._budget or strength >= MOST)
+
+    def worth(self, half: Half) -> float:
+        """What a layer is kept for: its most control within the budget; -1 where nothing is within.
+
+        Of open tasks the log-odds moved, carried from the cost nearest to the budget to all of it:
+        both the shift and the root of a small cost grow with strength.
+        """
+        if not self._whole:
+            best = self.best(half)
+            return best.control if best else -1.0
+        costs = [(max(found.cost(half), TINY), found.said) for found in self.tried.values()]
+        cost, said = min(costs, key=lambda one: abs(math.log(one[0] / self._budget)))
+        return said * math.sqrt(self._budget / cost)
 
     def _below(self, limit: float) -> float:
         """The middle of the widest gap that is left under the limit, in fractions of it."""

@@ -298,7 +298,8 @@ class Task:
         half = self._halves[-1]
         budget, left = self.protocol.budget, self.protocol.evaluations
         evaluated: list[Evaluation] = []
-        whole = self.contrast.kind == "open"
+        # What is read off all answers of a question moves with the log-odds themselves.
+        whole = self.contrast.kind == "open" and not self.suite.questions
         searches = {
             sites: Search(self._evaluate(sites, arm, evaluated), budget, whole=whole)
             for sites, arm in arms.items()
@@ -311,19 +312,16 @@ class Task:
                     # The first is the same for both; the second is within both, if any is.
                     search.step(half if turn % 2 else "neutral")
             left -= each * len(searches)
-            kept = sorted(searches, key=lambda at: self._worth(searches[at]), reverse=True)
-            kept = kept[: -(-len(searches) // 2)]
+            # One half as much as the other.
+            worth = {at: sum(map(search.worth, self._halves)) for at, search in searches.items()}
+            kept = sorted(worth, key=lambda at: worth[at], reverse=True)[: -(-len(worth) // 2)]
             searches = {sites: searches[sites] for sites in sorted(kept)}
         ((sites, search),) = searches.items()
         for n in range(left):
-            search.step(half if n % 2 == 0 else "neutral")
+            binding: Half = half if n % 2 == 0 else "neutral"
+            if not search.settled(binding):
+                search.step(binding)
         return sites, search, evaluated
-
-    def _worth(self, search: Search) -> float:
-        """What a layer is kept for: its control within each half of the cost, one as much as the
-        other; none is worth less than any."""
-        found = [search.best(half) for half in self._halves]
-        return sum(best.control if best else -1.0 for best in found)
 
     def _evaluate(
         self, sites: tuple[Site, ...], arm: "ArmAt", evaluated: list[Evaluation]
@@ -332,13 +330,13 @@ class Task:
             one = arm(strength)
             made = control(one.measured(self._meter("control validation")), self._held)
             gain = _scored(control_metric(self._held), made).value
-            matches = [each.values["match"][0] for each in made if each.kind == "choice"]
+            told = "match" if self.contrast.kind == "choice" else "shift"
+            said = float(np.mean([each.values[told][0] for each in made]))
             made = one.measured(self._meter("search validation"))
             cost, bare = _scored("neutral_cost", made).value, 0.0
             if self._in_format:
                 made = one.measured(self._meter("in_format validation"), "in_format")
                 bare = _scored("in_format_cost", made).value
-            said = float(np.mean(matches)) if matches else 0.0
             cost, bare = (each if math.isfinite(each) else TOO_DEAR for each in (cost, bare))
             layer = sites[0].layer if sites else None
             found = Evaluation(layer, strength, gain, cost, bare, said)
