@@ -1,6 +1,7 @@
 """Distilling: who writes, what is kept, and that the share kept is told."""
 
 import json
+import math
 import sys
 
 import pytest
@@ -56,6 +57,32 @@ def test_what_the_request_did_not_help_is_dropped(backend):
     for prompt, reply in zip(asked, replies, strict=True):
         told, plain = gains(backend, Written("polite", prompt, reply, 0.0))
         assert ((prompt, reply) in kept) == (told > plain)
+
+
+def test_without_a_least_gain_everything_is_kept_and_some_of_it_lost(backend):
+    prompts = tuple(Prompt(str(n), f"What is {n}?") for n in range(30))
+
+    def written(**how):
+        writer = Writer([3 * letter for letter in "abcdefghijklmnopqrstuvwxyzABCDEFGHIJ"])
+        return distil(backend, CONCEPTS[:1], each=30, prompts=prompts, writer=writer, **how)
+
+    every, some = written(least=-math.inf), written()
+    assert every.share == 1.0 > some.share and min(row.gain for row in every.kept) < 0
+    assert set(some.kept) == {row for row in every.kept if row.gain > 0}
+    assert written(least=max(row.gain for row in every.kept)).kept == ()
+
+
+def test_every_batch_of_concepts_draws_anew(backend, monkeypatch):
+    seeds, real = [], HF.generate
+
+    def heard(self, prompts, edits, sampling, **how):
+        seeds.append(sampling.seed)
+        return real(self, prompts, edits, sampling, **how)
+
+    monkeypatch.setattr(HF, "generate", heard)
+    small = HF(backend.model, batch=3)
+    distil(small, CONCEPTS, each=3, prompts=PROMPTS, sampling=Sampling(4, 1.0, 5))
+    assert len(seeds) == len(set(seeds)) == 2
 
 
 def test_the_seed_draws_prompts_and_answers(backend):

@@ -82,11 +82,12 @@ def distil(
     prompts: Sequence[Prompt] | None = None,
     sampling: Sampling = Sampling(64, 1.0),  # noqa: B008
     writer: Endpoint | None = None,
+    least: float = 0.0,
     progress: Progress = silent,
 ) -> Distilled:
     """Responses to some prompts per concept, those kept whose log-probability the request raised.
 
-    gain = (log P(response | prompt and request) - log P(response | prompt)) / tokens > 0, by the
+    gain = (log P(response | prompt and request) - log P(response | prompt)) / tokens > least, by the
     model of the backend, whoever wrote the response.
 
     Args:
@@ -94,6 +95,8 @@ def distil(
         each: responses asked for per concept. prompts: what they answer, drawn by
             ``sampling.seed``; default: the package's neutral prompts for fitting.
         sampling: of the model itself. writer: another model that writes in its place.
+        least: gain that a response needs; -inf keeps all, as for a test that the gain must not
+            choose.
 
     Raises:
         InputError: no concept, one that is too long, or more responses than prompts.
@@ -115,7 +118,9 @@ def distil(
             for concept in concepts[start : start + several]
             for prompt in random.Random(f"{sampling.seed} {concept}").sample(asked, each)
         ]
-        kept += _written(backend, drawn, sampling, writer)
+        # Each batch draws anew: alike prompts at its head would give alike noise.
+        own = replace(sampling, seed=sampling.seed + start)
+        kept += _written(backend, drawn, own, writer, least)
     progress("concepts", len(concepts), len(concepts))
     return Distilled(tuple(kept), dict.fromkeys(concepts, each))
 
@@ -125,6 +130,7 @@ def _written(
     drawn: Sequence[tuple[str, Prompt]],
     sampling: Sampling,
     writer: Endpoint | None,
+    least: float,
 ) -> list[Written]:
     """The kept responses to prompts that are each asked to show a concept."""
     plain = [prompt for _, prompt in drawn]
@@ -145,7 +151,7 @@ def _written(
     return [
         Written(drawn[place][0], _said(plain[place]), texts[place], round(with_ - without, 4))
         for place, with_, without in zip(said, *scores, strict=True)
-        if with_ > without
+        if with_ - without > least
     ]
 
 
