@@ -71,6 +71,7 @@ OTHERS = [Contender.of("alqr", setpoint=level) for level in LEVELS if level != A
 """The other set-points of the authors' grid."""
 STAGES = ("linearity", "fit", "overhead", "small", "compare", "levels", "displacement")
 PARTS = {"train": 150, "validation": 40, "test": 80}
+LOOK = "a first look, "
 SMALL = {"evaluations": 6, "items": 40, "search_tokens": 200, "answers": 8, "layers": (14,)}
 """Of the stage ``small``: a first look, no ranking."""
 TAKES = {
@@ -221,17 +222,18 @@ def small(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
     def told(stage: str, done: int, total: int) -> None:
         say(stage, done, total)
         if rows.found():
-            save("small", ahead(rows.found(), loops[0].name, "a first look, "), 0)
+            save("small", ahead(rows.found(), loops[0].name, LOOK), 0)
 
     rows.run(progress=told)
-    return ahead(rows.found(), loops[0].name, "a first look, ")
+    return ahead(rows.found(), loops[0].name, LOOK)
 
 
 def ahead(found: Sequence[dict[str, Any]], against: str, lead: str = "") -> list[Figure]:
     """Control of every row at each budget, and what the closed loop is ahead by, paired."""
     if against not in {one["contender"] for one in found}:
         return []
-    tables = standings(list(found), against=against)
+    named = [arm.name for arm in ARMS[1:]]
+    tables = standings(list(found), against=against, named=named)
     figures = comparison.figures(tables, ahead="the closed loop ahead by")
     return [one | {"figure": lead + one["figure"]} for one in figures]
 
@@ -341,18 +343,26 @@ def reaching(length: Callable[[float], float], goal: float) -> float:
 
 def sentence(figures: Sequence[Figure]) -> str:
     """Whether feedback pays: the closed loop against its open-loop twin."""
-    own = [f for f in figures if "closed loop ahead" in f["figure"] and "loop=open" in f["figure"]]
+    own = [
+        one
+        for one in figures
+        if one["asked"] in ("> 0", "< 0")
+        and TWIN.name in one["figure"]
+        and LOOK not in one["figure"]
+    ]
     if not own:
         return "Whether feedback pays has not been measured yet."
-    told = []
+    told, won = [], []
     for one in own:
-        verdict = "ahead" if one["low"] > 0 else "behind" if one["high"] < 0 else "not told apart"
+        sign = 1 if one["asked"] == "> 0" else -1
+        low, high = sorted((sign * one["low"], sign * one["high"]))
+        won.append(low > 0)
+        verdict = "ahead" if low > 0 else "behind" if high < 0 else "not told apart"
         told.append(
             f"{one['figure']}: {verdict} ({one['value']:+.3f}, {one['low']:+.3f} to "
             f"{one['high']:+.3f})"
         )
-    pays = all(one["low"] > 0 for one in own)
-    lead = "Feedback pays here." if pays else "Feedback has not been shown to pay here."
+    lead = "Feedback pays here." if all(won) else "Feedback has not been shown to pay here."
     return " ".join([lead, *told])
 
 

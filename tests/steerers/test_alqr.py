@@ -246,14 +246,15 @@ def test_the_controller_sees_upstream_edits_as_the_authors_does(shared):
 # --- the twin ------------------------------------------------------------------------------------
 
 
-def test_the_open_twin_adds_at_each_layer_the_mean_control_of_the_closed_loop(model):
+@pytest.mark.parametrize("at", [1.0, 0.2])
+def test_the_open_twin_adds_at_each_layer_the_mean_control_of_the_closed_loop(model, at):
     data = OPEN
     closed, twin = (
-        fitting.fit(model, data, "alqr", prompts=3, loop=loop).interventions
-        for loop in ("closed", "open")
+        fitting.fit(model, data, "alqr", prompts=3, **how).interventions
+        for how in ({"loop": "closed"}, {"loop": "open", "at": at})
     )
     chain = fitting.linearised(model, data)
-    acts = chain.inputs(closed, side="source").where(split="train")
+    acts = chain.inputs(closed, coef=[at], side="source").where(split="train")
     plain = chain.inputs(side="source").where(split="train")
     share = torch.from_numpy(acts.rows.weight / acts.rows.weight.sum()).float()
     for site, part in closed.items():
@@ -267,26 +268,28 @@ def test_the_open_twin_adds_at_each_layer_the_mean_control_of_the_closed_loop(mo
     assert (acts.values[last] - plain.values[last]).abs().max() > 1e-3
 
 
-def test_the_twin_of_rows_alone_goes_where_the_closed_loop_goes_on_its_mean_row():
+@pytest.mark.parametrize("at", [1.0, 0.2])
+def test_the_twin_of_rows_alone_goes_where_the_closed_loop_goes_on_its_mean_row(at):
     draw = torch.Generator().manual_seed(4)
     source = torch.randn(30, 4, generator=draw)
     gap = torch.tensor([2.0, 0, 1.0, 0])
     acts = Activations.of_sides(source, source + gap)
     acts = replace(acts, values={Site(n): acts.values[acts.site] for n in range(4)})
-    closed, twin = (ALQR(loop=loop).fit(acts) for loop in ("closed", "open"))
+    closed, twin = (method.fit(acts) for method in (ALQR(), ALQR(loop="open", at=at)))
     mean, others = source.mean(0, keepdim=True), source[:5]
     ends = []
     for maps in (closed, twin):
         for start in (mean, others):
-            h, carry, ones = start, None, torch.ones(len(start), 1)
+            h, carry, coef = start, None, torch.full((len(start), 1), at)
             for _, part in maps.items():
-                carry = part.enter(h, ones, part.start(h) if carry is None else carry)
-                h, carry = part.leave(h, ones, carry)
+                carry = part.enter(h, coef, part.start(h) if carry is None else carry)
+                h, carry = part.leave(h, coef, carry)
             ends.append(h)
     torch.testing.assert_close(ends[0], ends[2], rtol=0, atol=1e-5)
     assert (ends[1] - ends[3]).abs().max() > 0.1, "feedback answers to the row"
     along = gap / gap.norm()
-    assert (ends[1] @ along).std() < 0.5 * (ends[3] @ along).std(), "and evens it out"
+    spread = (ends[1] @ along).std() / (ends[3] @ along).std()
+    assert spread < (0.5 if at == 1 else 0.9), "and evens it out"
 
 
 # --- on models -----------------------------------------------------------------------------------
@@ -385,6 +388,8 @@ def test_a_few_neighbouring_blocks_will_do_and_a_low_rank_fit_is_near(model):
         ({"texts": 0}, InputError, "texts=0"),
         ({"lowest": -1}, InputError, "lowest=-1"),
         ({"rank": -1}, InputError, "rank=-1"),
+        ({"at": 0.0, "loop": "open"}, InputError, r"at=0\.0"),
+        ({"at": 0.5}, InputError, r"at=0\.5 of a closed loop.*leave out at"),
         ({"clip": 0.0}, InputError, r"clip=0\.0"),
         ({"clip": 0.02, "loop": "open"}, InputError, r"clip=0\.02.*leave out clip"),
         ({"origin": "target"}, UnknownName, "origin 'target'"),

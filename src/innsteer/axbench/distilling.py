@@ -87,8 +87,8 @@ def distil(
 ) -> Distilled:
     """Responses to some prompts per concept, those kept whose log-probability the request raised.
 
-    gain = (log P(response | prompt and request) - log P(response | prompt)) / tokens > least, by the
-    model of the backend, whoever wrote the response.
+    gain = (log P(response | prompt and request) - log P(response | prompt)) / tokens > least, by
+    the model of the backend, whoever wrote the response.
 
     Args:
         concepts: in words, each of at most 64 tokens.

@@ -142,6 +142,8 @@ class ALQR(Steerer):
         loop: ``closed``, or ``open``: the twin without feedback, which adds at each block the mean
             u that the closed loop had on source texts, whatever the row. A fit knows no scope: it
             is the mean under ``generated``, and under another scope no exact twin.
+        at: strength of the closed loop whose mean u an open one has; at that strength it is its
+            twin, > 0. At another the loop corrects elsewhere in depth, and the twin does not.
         clip: the longest u of a closed loop as a share of the row's length, > 0; None = no limit.
 
     Raises:
@@ -178,6 +180,7 @@ class ALQR(Steerer):
     rank: int = 0
     lowest: int = 1
     loop: Loop = "closed"
+    at: float = 1.0
     clip: float | None = None
 
     def __post_init__(self) -> None:
@@ -190,6 +193,14 @@ class ALQR(Steerer):
         for name, least in (("texts", 1), ("prompts", 1), ("rank", 0), ("lowest", 0)):
             if getattr(self, name) < least:
                 raise InputError(f"{name}={getattr(self, name)}", expected=f"at least {least}")
+        if not 0 < self.at < math.inf:
+            raise InputError(f"at={self.at}", expected="a strength above 0")
+        if self.at != 1 and self.loop == "closed":
+            raise InputError(
+                f"at={self.at} of a closed loop",
+                expected="loop='open', whose twin's strength it is",
+                remedy="leave out at: a closed loop takes any strength when it is used",
+            )
         if self.clip is not None and not 0 < self.clip < math.inf:
             raise InputError(f"clip={self.clip}", expected="a share above 0, or None")
         if self.clip is not None and self.loop == "open":
@@ -210,7 +221,7 @@ class ALQR(Steerer):
         inputs = self._kept(_above(acts))
         fitted = self._loops(inputs, None)
         if self.loop == "open":
-            self._open(fitted, _carried(inputs, fitted))
+            self._open(fitted, _carried(inputs, fitted, self.at))
         return fitted
 
     def fit_through(self, run: Chain, *, seed: int = 0) -> Interventions:
@@ -274,7 +285,7 @@ class ALQR(Steerer):
         """Mean errors ``[k]`` that the closed loop has on source texts, by site."""
         found = {site: torch.zeros(len(run.behaviours), dtype=torch.double) for site in fitted}
         for row, behaviour in enumerate(run.behaviours):
-            alone = [float(row == n) for n in range(len(run.behaviours))]
+            alone = [self.at * (row == n) for n in range(len(run.behaviours))]
             acts = run.inputs(fitted, coef=alone, side="source", most=self.texts, seed=seed)
             acts = acts.where(split="train", behaviour=behaviour)
             share = torch.from_numpy(acts.rows.weight / acts.rows.weight.sum())
@@ -295,7 +306,7 @@ class ALQR(Steerer):
             part.levels.copy_(errors[site])
 
 
-def _carried(inputs: Activations, fitted: Interventions) -> dict[Site, Tensor]:
+def _carried(inputs: Activations, fitted: Interventions, at: float) -> dict[Site, Tensor]:
     """Mean errors ``[k]`` of closed loops on their source rows, with identities for blocks."""
     found = {site: torch.zeros(len(inputs.behaviours)) for site in fitted}
     train = inputs.where(split="train")
@@ -306,7 +317,7 @@ def _carried(inputs: Activations, fitted: Interventions) -> dict[Site, Tensor]:
             mean = side_means(train, site, behaviour, through=Tensor.double)[0] + moved
             level = (part.levels[row] + part.origins[row]).double()
             error = level - part.reads[row].double() @ mean
-            moved = moved + error * part.writes[row].double()
+            moved = moved + at * error * part.writes[row].double()
             found[site][row] = error
     return found
 
