@@ -172,7 +172,7 @@ def test_of_strengths_that_align_alike_the_one_that_says_most_is_taken():
     """Behind a gate no cost binds, and a share of two answers stays where neither is ever said."""
 
     def gated(strength):
-        control = 0.95 + 0.0001 * strength if strength >= 1 else 0.5 + 0.4 * strength
+        control = min(0.95 + 0.01 * (strength - 1), 0.96) if strength >= 1 else 0.5 + 0.4 * strength
         return Evaluation(0, strength, control, 0.0, 0.0, 0.9 if strength < 4 else 0.1)
 
     search, whole = Search(gated, 0.1), Search(gated, 0.1, whole=True)
@@ -180,8 +180,21 @@ def test_of_strengths_that_align_alike_the_one_that_says_most_is_taken():
         for _ in range(8):
             one.step("neutral")
     assert max(search.tried) == MOST and 1 <= search.best("neutral").strength < 4
+    assert sum(strength < 4 for strength in search.tried) >= 3, "looked for where it was fitted"
     assert whole.best("neutral").strength == MOST, "open answers move last"
     assert whole.settled("neutral") and not search.settled("neutral")
+
+
+def test_a_layer_is_not_dropped_for_a_guess_that_lands_just_above_the_budget():
+    def layer(**tried):
+        search = Search(law(2.0), 0.1)
+        for strength, (cost, control) in enumerate(tried.values(), 1):
+            search.tried[strength] = Evaluation(0, strength, control, cost, 0.0)
+        return search.worth("neutral")
+
+    assert layer(first=(0.01, 0.8), guess=(0.102, 0.97)) == 0.97
+    assert layer(first=(0.01, 0.8), guess=(0.5, 0.97)) == 0.8
+    assert layer(first=(9.0, 0.9)) < layer(first=(3.0, 0.6)) < 0
 
 
 @pytest.mark.parametrize("unit", [0.05, 0.5, 3.0])

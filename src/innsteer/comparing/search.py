@@ -16,8 +16,11 @@ MOST = 64.0
 """No larger strength is tried."""
 TINY = 1e-6
 """Nats below which a cost is rounding."""
-ALIKE = 0.01
-"""Control that differs by no more is alike on so few items."""
+ALIKE = 0.03
+"""Control that differs by no more is alike: about a standard error of 48 items."""
+NEARLY = 1.5
+"""Times the budget within which a layer shows what it is worth: a guess that lands just above it
+says as much as one that lands below."""
 
 
 @dataclass(frozen=True)
@@ -132,23 +135,30 @@ class Search:
         return self._whole and (cost >= 0.97 * self._budget or strength >= MOST)
 
     def worth(self, half: Half) -> float:
-        """What a layer is kept for: its most control within the budget; -1 where nothing is within.
+        """What a layer is kept for: its most control near the budget or below; where all costs
+        more, the nearer the better.
 
         Of open tasks the log-odds moved, carried from the cost nearest to the budget to all of it:
         both the shift and the root of a small cost grow with strength.
         """
         if not self._whole:
-            best = self.best(half)
-            return best.control if best else -1.0
+            tried = [(found.cost(half), found.control) for found in self.tried.values()]
+            near = [control for cost, control in tried if cost <= NEARLY * self._budget]
+            return max(near) if near else -min(cost for cost, _ in tried) / self._budget
         costs = [(max(found.cost(half), TINY), found.said) for found in self.tried.values()]
         cost, said = min(costs, key=lambda one: abs(math.log(one[0] / self._budget)))
         return said * math.sqrt(self._budget / cost)
 
     def _below(self, limit: float) -> float:
-        """The middle of the widest gap that is left under the limit, in fractions of it."""
-        marks = sorted({0.0, limit, *(s for s in self.tried if s < limit)})
-        before, after = max(pairwise(marks), key=lambda gap: gap[1] - gap[0])
-        return (before + after) / 2
+        """The middle of the widest gap that is left under the limit, by ratio.
+
+        Down to half of what was fitted, or an eighth of the limit: where no cost binds, a fit that
+        was trained at 1 is right near 1.
+        """
+        floor = min(0.5, limit / 8)
+        marks = sorted({floor, limit, *(s for s in self.tried if floor < s < limit)})
+        before, after = max(pairwise(marks), key=lambda gap: gap[1] / gap[0])
+        return math.sqrt(before * after)
 
     def best(self, half: Half) -> Evaluation | None:
         """The most control within the budget; None where nothing was within it.
