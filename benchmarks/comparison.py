@@ -292,7 +292,8 @@ are planned: those on which all rows named beforehand are measured. Every method
 budget and evaluations ([how](howto/compare.md)). `python benchmarks/comparison.py DATA` makes the
 page and goes on where it stopped; {hours:.1f} core-hours went into these {cells} cells. Where
 INNSteer does not win, the line under each title says so. Tables against `innsteer` hold its
-published objective, on recorded classes, against the nine published baselines on the same.
+published objective, on recorded classes, against the nine published baselines on the same. A
+method whose fit draws nothing has one seed, which stands for all.
 """
 
 
