@@ -94,7 +94,8 @@ NAMED = [
 ]
 """Compared with INNSteer by name; the last is INNSteer as published."""
 SEEDLESS = {"pca", "diffmean", "mimic", "linear_act", "condgrad", "iti"}
-"""Methods that draw nothing from their seed: other seeds would give the same cells."""
+"""Methods that draw nothing from their seed where there is a validation part, as in all tasks here:
+other seeds would give the same cells."""
 GRID = [
     Contender.of("lora", rank=rank, learning_rate=rate)
     for rank in (4, 16)

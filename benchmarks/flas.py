@@ -39,8 +39,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from scipy.sparse import csr_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from innsteer import load_model
@@ -54,6 +52,7 @@ from innsteer.comparing.statistics import resample
 from innsteer.concepts import Concepts, Response
 from innsteer.files import write_json, write_text
 from innsteer.fitting import fit, fit_concepts
+from innsteer.groups import Sets
 from innsteer.hooks import Attachment
 from innsteer.interventions import Edit
 from innsteer.judging import Verdict
@@ -155,13 +154,13 @@ def takes(plan: dict[str, Any], axbench: bool) -> dict[str, float]:
 
 def alike(concepts: Sequence[str]) -> list[list[str]]:
     """Groups of concepts that share a word that matters, one with another."""
-    words = [
-        {word.removesuffix("s") for word in {*re.findall("[a-z]{4,}", one.lower())} - COMMON}
-        for one in concepts
-    ]
-    shared = [[bool(first & second) for second in words] for first in words]
-    count, label = connected_components(csr_array(shared), directed=False)
-    return [[c for c, own in zip(concepts, label, strict=True) if own == n] for n in range(count)]
+    sets, groups = Sets(), dict[Any, list[str]]()
+    for concept in concepts:
+        for word in {*re.findall("[a-z]{4,}", concept.lower())} - COMMON:
+            sets.join(concept, ("word", word.removesuffix("s")))
+    for concept in concepts:
+        groups.setdefault(sets.find(concept), []).append(concept)
+    return list(groups.values())
 
 
 def named(plan: dict[str, Any]) -> dict[str, list[str]]:

@@ -79,7 +79,7 @@ def look(backend: HF, data: Path, name: str, prompts: int) -> list[dict[str, Any
     arms = [Arm(UNSTEERED), Arm("diffmean", steering.edit(1.0), 1.0)]
     sizes = replace(PREVIEW, neutral_prompts=8, trails=0)
     report = evaluation.evaluate(backend, arms, suite, sizes=sizes, progress=control.say)
-    measures = {*suite.measures, suite.control, control_metric(asked), "neutral_cost"}
+    measures = {*suite.scorers, control_metric(asked), "neutral_cost"}
     return [
         {
             "figure": f"{name}: {figure.metric}, {figure.arm}",

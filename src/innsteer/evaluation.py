@@ -221,7 +221,7 @@ def evaluate(
     """
     if not arms or len({arm.name for arm in arms}) < len(arms):
         raise InputError("arms without distinct names", expected="at least one arm, all distinct")
-    for name in (suite.control, *suite.measures):
+    for name in suite.scorers:
         require_scorer(name)
     started = time.perf_counter()
     backend = HF.of(model)
@@ -512,7 +512,7 @@ class _Run:
 
 def _figures(arms: Sequence[Arm], suite: Suite, completions: Sequence[Completion]) -> list[Figure]:
     """Every metric of every arm, and its difference from the first arm, paired by item."""
-    family, asked = metrics.get(suite.control).family, {suite.control, *suite.measures}
+    family, asked = metrics.get(suite.control).family, {*suite.scorers}
     # Those that take something stand there with what the suite says.
     known = set(metrics.names()) - {name.partition(":")[0] for name in asked}
     usual = {name for name in known if metrics.get(name).family in ("", family)}

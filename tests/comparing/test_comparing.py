@@ -182,7 +182,7 @@ def test_of_strengths_that_align_alike_the_one_that_says_most_is_taken():
     assert max(search.tried) == MOST and 1 <= search.best("neutral").strength < 4
     assert sum(strength < 4 for strength in search.tried) >= 3, "looked for where it was fitted"
     assert whole.best("neutral").strength == MOST, "open answers move last"
-    assert whole.settled("neutral") and not search.settled("neutral")
+    assert whole.done("neutral") and not search.done("neutral")
 
 
 def test_a_layer_is_not_dropped_for_a_guess_that_lands_just_above_the_budget():
@@ -214,8 +214,8 @@ def test_a_layer_of_an_open_task_is_kept_for_what_it_moves_at_one_cost(unit):
     assert layer(unit, 5.0).worth("neutral") > first.worth("neutral")
     for _ in range(6):
         first.step("neutral")
-    assert first.settled("neutral") and first.best("neutral").neutral >= 0.097
-    assert not Search(law(2.0), 0.1, whole=True).settled("neutral"), "nothing tried"
+    assert first.done("neutral") and first.best("neutral").neutral >= 0.097
+    assert not Search(law(2.0), 0.1, whole=True).done("neutral"), "nothing tried"
 
 
 def test_a_map_that_costs_nothing_is_tried_up_to_the_largest_strength():

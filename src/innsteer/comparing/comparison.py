@@ -244,7 +244,7 @@ class Comparison:
                 "fields": dict(cell.contender.fields),
                 "task": cell.task.behaviour,
                 "control": control_metric(cell.task),
-                "measures": list(dict.fromkeys([task.suite.control, *task.suite.measures])),
+                "measures": task.suite.scorers,
                 "seed": cell.seed,
                 "innsteer": __version__,
                 "seconds": time.perf_counter() - started,

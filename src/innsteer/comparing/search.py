@@ -127,7 +127,7 @@ class Search:
             return guess
         return (low + high) / 2 if low else high / 4
 
-    def settled(self, half: Half) -> bool:
+    def done(self, half: Half) -> bool:
         """Whether more evaluations would change nothing: what shall be spent of the budget is."""
         costs = [(s, found.cost(half)) for s, found in self.tried.items()]
         inside = [(s, cost) for s, cost in costs if cost <= self._budget]

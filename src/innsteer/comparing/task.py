@@ -77,7 +77,7 @@ class Task:
         for site in self.sites:
             backend.model.layout.at(site)
         self.suite = suites.load(contrast, instruction=instruction)
-        for name in (self.suite.control, *self.suite.measures):
+        for name in self.suite.scorers:
             require_scorer(name)
         held = contrast.part("validation")
         self._held = held.subset(min(len(held), protocol.items), 0)
@@ -319,7 +319,7 @@ class Task:
         ((sites, search),) = searches.items()
         for n in range(left):
             binding: Half = half if n % 2 == 0 else "neutral"
-            if not search.settled(binding):
+            if not search.done(binding):
                 search.step(binding)
         return sites, search, evaluated
 
@@ -370,7 +370,7 @@ class Task:
         made += [replace(answer, kind="aside") for answer in asides]
         keys = {item.id: item.key or "" for item in test.items}
         answers = [replace(one, key=keys.get(one.item, ""), strength=1.0) for one in answers]
-        names = dict.fromkeys([control_metric(test), self.suite.control, *self.suite.measures])
+        names = dict.fromkeys([control_metric(test), *self.suite.scorers])
         names |= dict.fromkeys(["answer_mass", "said_alignment"] if test.kind == "choice" else [])
         items = {
             name: {item: [list(m) for m in parts] for item, parts in found.items()}

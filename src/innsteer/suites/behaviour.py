@@ -50,6 +50,11 @@ class Suite:
     measures: tuple[str, ...] = ()
     harmless: tuple[Prompt, ...] = ()
 
+    @property
+    def scorers(self) -> tuple[str, ...]:
+        """The metric of control and the benchmark's own, each once."""
+        return tuple(dict.fromkeys((self.control, *self.measures)))
+
     def preview(self, *, prompts: int = 8, new_tokens: int = 32) -> "Suite":
         """A small version whose figures are a foretaste, not a measurement."""
         items = self.items
