@@ -9,6 +9,7 @@ import torch
 import innsteer
 import tiny
 from innsteer import choosing, fitting, tuning
+from innsteer.backends import local
 from innsteer.backends.base import Completion
 from innsteer.errors import BudgetError, InputError
 from innsteer.site import Site
@@ -94,6 +95,57 @@ def test_no_layer_that_spends_the_budget_is_an_error_that_names_each(model, monk
     monkeypatch.setattr(choosing, "tune", tune)
     with pytest.raises(BudgetError, match=r"0\.residual: nothing at 0; 2\.residual: nothing at 2"):
         choosing.choose_layer(model, OPEN, "diffmean", [Site(0), Site(2)])
+
+
+# --- values --------------------------------------------------------------------------------------
+
+
+def test_of_the_values_that_no_data_decides_the_one_with_the_most_control_is_kept(
+    model, monkeypatch
+):
+    made = []
+    real = local.mean_jacobians
+    monkeypatch.setattr(
+        local, "mean_jacobians", lambda *a, **how: made.append(1) or real(*a, **how)
+    )
+    chosen = choosing.choose_value(model, OPEN, "alqr", prompts=2, texts=4)
+    once = len(made)
+    table = chosen.provenance["values"]
+    levels = get("alqr").choices["setpoint"]
+    assert list(table) == [f"setpoint={level}" for level in levels]
+    assert f"setpoint={chosen.steerer.setpoint}" == max(table, key=lambda name: table[name] or 0)
+    made.clear()
+    own = fitting.fit(model, OPEN, "alqr", prompts=2, texts=4, setpoint=chosen.steerer.setpoint)
+    assert once == len(made) > 0, "Jacobians are made once for all values"
+    assert chosen.interventions.state_dict().keys() == own.interventions.state_dict().keys()
+    for name, value in own.interventions.state_dict().items():
+        torch.testing.assert_close(chosen.interventions.state_dict()[name], value)
+
+
+def test_a_value_follows_control_and_one_that_cannot_spend_the_budget_says_why(model, monkeypatch):
+    real = choosing.tune
+
+    def tune(backend, fitted, *rest, **how):
+        if fitted.steerer.setpoint < 3:
+            raise BudgetError("too dear")
+        tuned = real(backend, fitted, *rest, **how)
+        curve = tuned.calibration[OPEN.behaviour]
+        gain = 0.9 if fitted.steerer.setpoint == 3.5 else 0.6
+        doses = tuple(replace(dose, control=gain) for dose in curve.doses)
+        return replace(tuned, calibration={OPEN.behaviour: replace(curve, doses=doses)})
+
+    monkeypatch.setattr(choosing, "tune", tune)
+    chosen = choosing.choose_value(model, OPEN, "pid")
+    assert chosen.steerer.setpoint == 3.5
+    assert [*chosen.provenance["values"].values()] == [None, None, 0.9, 0.6]
+    assert set(chosen.provenance["values_failed"].values()) == {"too dear"}
+
+
+def test_nothing_to_choose_is_refused_before_any_work(model):
+    with pytest.raises(InputError, match="nothing to choose for 'diffmean'.*name its fields"):
+        choosing.choose_value(model, OPEN, "diffmean")
+    with pytest.raises(InputError, match="nothing to choose for 'pid'.*leave out the value"):
+        choosing.choose_value(model, OPEN, "pid", setpoint=2.0)
 
 
 # --- methods -------------------------------------------------------------------------------------

@@ -217,6 +217,21 @@ def test_of_several_layers_fit_keeps_one_and_says_which(run, home):
     assert set(facts["provenance"]["layers"]) == {"0.residual", "2.residual"}
 
 
+def test_a_value_that_no_data_decides_is_chosen_where_that_is_asked_for(run, home):
+    words = ["fit", "mine.jsonl", "-m", "model", "--method", "pid", "-o"]
+    code, out, err = run(*words, "chosen", "--choose")
+    assert code == 0, err
+    kept = Steering.load(home / "chosen")
+    table = kept.provenance["values"]
+    assert list(table) == [f"setpoint={one}" for one in kept.steerer.choices["setpoint"]]
+    best = max(table, key=lambda name: table[name] or 0.0)
+    assert best == f"setpoint={kept.steerer.setpoint}"
+    assert f"{best} {table[best]:.3f}" in " ".join(out.split())
+    following(out)
+    code, out, err = run(*words, "plain", "--json")
+    assert code == 0 and "values" not in json.loads(out)["provenance"]
+
+
 def test_methods_are_listed_with_whole_addresses_and_the_next_command_parses(run):
     code, out, _ = run("methods")
     assert code == 0
@@ -474,6 +489,26 @@ BAD = {
     "several at several layers": (
         ["fit", "mine.jsonl", "other.jsonl", "-o", "x", "--layers", "1,2"],
         "2 behaviours at several layers",
+    ),
+    "nothing to choose": (
+        ["fit", "mine.jsonl", "-o", "x", "--method", "diffmean", "--choose"],
+        "nothing to choose for 'diffmean'",
+    ),
+    "chosen already": (
+        ["fit", "mine.jsonl", "-o", "x", "--method", "pid", "--set", "setpoint=2", "--choose"],
+        "leave out the value that is given",
+    ),
+    "choice of layer and value": (
+        ["fit", "mine.jsonl", "-o", "x", "--method", "pid", "--layers", "1,2", "--choose"],
+        "--choose at 2 layers that are compared",
+    ),
+    "choice of what auto chooses": (
+        ["fit", "mine.jsonl", "-o", "x", "--method", "auto", "--choose"],
+        "--choose beside",
+    ),
+    "choice for concepts": (
+        ["fit", "mine.jsonl", "-o", "x", "--method", "flas", "--choose"],
+        "--choose or several tables",
     ),
     "interference of one": (["interference", "tuned", "mine.jsonl", "-m", "model"], "two or more"),
     "a bound of nothing": (["linearity", "-o", "x", "--steering", "tuned"], "without its data"),

@@ -1,14 +1,16 @@
-"""Choosing on validation: the layer with the most control, the simplest method that is as good."""
+"""Choosing on validation: layer, a field that no data decides, the simplest method as good."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from innsteer.activations import Read
 from innsteer.backends.base import Completion, Progress, silent
-from innsteer.backends.hf import HF
+from innsteer.backends.hf import HF, Memo
 from innsteer.backends.through import Through
 from innsteer.calibration import BUDGET
 from innsteer.contrast import Contrast
@@ -218,30 +220,106 @@ def choose_layer(
     if not sites:
         raise InputError("no site to choose from", expected="at least one")
     steerer = get(method, **fields) if isinstance(method, str) else method
-    sites = sorted(set(sites))
     backend = HF.of(model)
     how: dict[str, Any] = {"where": where, "seed": seed, "progress": progress}
-    spend = partial(_preview, budget=budget, seed=seed, progress=progress)
-    if not steerer.through:
-        rows = record_parts(backend, contrast, sites, read=read, span=span, progress=progress)
+    ordered = sorted(set(sites))
+    if steerer.through:
+        one = partial(fit_one, backend, contrast, steerer, read=read, span=span, **how)
+        fits = {str(site): partial(one, sites=[site]) for site in ordered}
+    else:
+        rows = record_parts(backend, contrast, ordered, read=read, span=span, progress=progress)
+        fits = {
+            str(site): partial(fit_rows, backend, steerer, rows.at(site), **how) for site in ordered
+        }
+    spend = partial(_preview, backend, contrast=contrast, seed=seed, progress=progress)
+    return _most("layers", fits, spend, contrast, budget)
+
+
+def open_choices(steerer: Steerer, named: Container[str]) -> Mapping[str, Sequence[Any]]:
+    """A method's choices but for those fields that are named.
+
+    Raises:
+        InputError: none is left.
+    """
+    free = {name: values for name, values in steerer.choices.items() if name not in named}
+    if not free:
+        raise InputError(
+            f"nothing to choose for {steerer.name!r}",
+            expected="a method with choices, such as alqr, whose setpoint no data decides",
+            remedy="leave out the value that is given" if steerer.choices else "name its fields",
+        )
+    return free
+
+
+def choose_value(
+    model: LanguageModel | HF,
+    contrast: Contrast,
+    method: str | Steerer,
+    *,
+    sites: Sequence[Site] = (),
+    budget: float = BUDGET,
+    read: Read | None = None,
+    span: Span = (0, None),
+    where: Where = Where(),  # noqa: B008
+    seed: int = 0,
+    progress: Progress = silent,
+    **fields: Any,
+) -> Steering:
+    """Fit with each of the method's ``choices``, spend the same budget, keep the most control.
+
+    For what no data decides, as A-LQR's set-point; fields that are named stay as they are. The
+    provenance holds the table (``values``: control, or None where no strength spends the budget)
+    and why (``values_failed``).
+
+    Args:
+        sites, read, span: as of ``fit``.
+
+    Raises:
+        InputError: a method without choices, or all of them named.
+        BudgetError: the budget can be spent with none of them.
+    """
+    steerer = get(method, **fields) if isinstance(method, str) else method
+    free = open_choices(steerer, fields)
+    backend = HF.of(model)
+    with TemporaryDirectory() as scratch:
+        if backend.memo.folder is None:  # rows and Jacobians are made once for all
+            backend = HF(backend.model, batch=backend.batch, memo=Memo(scratch))
+        how: dict[str, Any] = {"sites": sites, "read": read, "span": span, "where": where}
+        fits = {}
+        for values in product(*free.values()):
+            own = dict(zip(free, values, strict=True))
+            name = ", ".join(f"{field}={value}" for field, value in own.items())
+            one: Steerer = replace(steerer, **own)  # type: ignore[type-var]
+            fits[name] = partial(
+                fit_one, backend, contrast, one, seed=seed, progress=progress, **how
+            )
+        spend = partial(_preview, backend, contrast=contrast, seed=seed, progress=progress)
+        return _most("values", fits, spend, contrast, budget)
+
+
+def _most(
+    what: str,
+    fits: Mapping[str, Callable[[], Steering]],
+    spend: Callable[..., Steering],
+    contrast: Contrast,
+    budget: float,
+) -> Steering:
+    """Of fits the one with the most control within the budget, and the table of all."""
     tried: dict[str, Steering] = {}
     table: dict[str, float | None] = {}
     failed: dict[str, str] = {}
-    for site in sites:
-        if steerer.through:
-            fitted = fit_one(backend, contrast, steerer, sites=[site], read=read, span=span, **how)
-        else:
-            fitted = fit_rows(backend, steerer, rows.at(site), **how)
+    for name, make in fits.items():
+        fitted = make()
         try:
-            tuned = spend(backend, fitted, contrast)
+            tuned = spend(fitted=fitted, budget=budget)
         except BudgetError as error:
-            table[str(site)], failed[str(site)] = None, str(error)
+            table[name], failed[name] = None, str(error)
             continue
-        table[str(site)] = tuned.calibration[contrast.behaviour].at_budget.control or 0.0
-        tried[str(site)] = fitted
+        table[name] = tuned.calibration[contrast.behaviour].at_budget.control or 0.0
+        tried[name] = fitted
     if not tried:
-        reasons = "; ".join(f"{site}: {reason}" for site, reason in failed.items())
-        raise BudgetError(f"no site spends {budget} nats per token: {reasons}")
-    chosen = tried[max(tried, key=lambda site: table[site] or 0.0)]
-    notes = {"layers": table} | ({"layers_failed": failed} if failed else {})
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        raise BudgetError(f"none of the {what} spends {budget} nats per token: {reasons}")
+    chosen = tried[max(tried, key=lambda name: table[name] or 0.0)]
+    notes = {what: table} | ({f"{what}_failed": failed} if failed else {})
     return replace(chosen, provenance={**chosen.provenance, **notes})

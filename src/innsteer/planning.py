@@ -347,6 +347,8 @@ class Chained(local.Local):
         interventions: Interventions | None,
         coef: Sequence[float] | None,
         where: Where = Where(),  # noqa: B008
+        *,
+        steered: bool = False,
     ) -> dict[str, Tensor]:
         self._batch = texts
         self._backend.tally.add("record", _tokens(texts))

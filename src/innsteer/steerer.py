@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
@@ -441,11 +442,13 @@ class Chain(Protocol):
         side: str | None = None,
         most: int | None = None,
         seed: int = 0,
+        steered: bool = False,
     ) -> Activations:
         """Rows at the inputs of the sites' blocks, with given edits active in those below.
 
         ``coef`` has a strength per behaviour, all 1 by default; ``side`` leaves out the other;
-        ``most`` texts of each behaviour's side are drawn by the seed.
+        ``most`` texts of each behaviour's side are drawn by the seed; ``steered`` asks for the mean
+        of a text's edited tokens and not for its last.
         """
         ...
 
@@ -564,6 +567,8 @@ class Steerer(ABC):
     method that ``erases`` takes away what tells the sides apart at strength 1, where others carry
     source to target. ``sites`` is ``any``, one or several; a method with a rule of its own among
     them names where it looks: the ``layers``' outputs, or the ``heads``, of all blocks together.
+    ``choices`` has a field that no data decides, with values of which validation chooses one where
+    nobody names it, as it does a layer.
     """
 
     paper: ClassVar[str]
@@ -574,6 +579,7 @@ class Steerer(ABC):
     across_sites: ClassVar[bool] = False
     across_tokens: ClassVar[bool] = False
     erases: ClassVar[bool] = False
+    choices: ClassVar[Mapping[str, tuple[Any, ...]]] = MappingProxyType({})
 
     @property
     def name(self) -> str:

@@ -184,6 +184,27 @@ def test_edits_act_where_they_are_asked_and_each_place_has_rows_of_its_own(tmp_p
     assert (few.values[Site(2)] - every.values[Site(2)]).abs().max() > 1e-3
 
 
+def test_the_mean_of_what_is_steered_runs_from_the_prompts_last_token_to_the_end(tmp_path):
+    memo = Memo(tmp_path / "memo")
+    engine, own = HF(tiny_language_model(), memo=memo), contrast()
+    run = Local(engine, [own], LAYERS)
+    last, whole = run.inputs(), run.inputs(steered=True)
+    assert run.rows() is last
+    outputs = engine.record(own, LAYERS, read="span", span=(-1, None))
+    for below, site in ((Site(0), Site(1)), (Site(1), Site(2))):
+        for n, told in enumerate(whole.rows.records()):
+            tokens = (outputs.rows.item == told["item"]) & (outputs.rows.side == told["side"])
+            if told["split"] == "train":
+                mean = outputs.values[below][tokens].mean(0)
+                torch.testing.assert_close(whole.values[site][n], mean, rtol=1e-5, atol=1e-5)
+    assert (whole.values[Site(1)] - last.values[Site(1)]).abs().max() > 1e-3
+    moved = run.inputs(half(Site(0)), steered=True).values[Site(1)]
+    by = moved - whole.values[Site(1)]
+    torch.testing.assert_close(by, torch.full_like(by, 0.5), rtol=0, atol=1e-5)
+    with pytest.raises(InputError, match=r"no steered token among the \d+ of item .*range:400:"):
+        run.inputs(steered=True, where=Where("range", 400))
+
+
 def half(site: Site) -> Interventions:
     """A shift by 0.5 in every dimension."""
     part = Shift(32)

@@ -19,7 +19,7 @@ from innsteer.backends.hf import HF
 from innsteer.comparing import Comparison, Contender, Protocol, contenders, task
 from innsteer.comparing import comparison as sharing
 from innsteer.comparing.search import MOST, Evaluation, Search
-from innsteer.comparing.standings import HALVES, page, standings
+from innsteer.comparing.standings import HALVES, _costs_plot, page, standings
 from innsteer.comparing.task import Cell, shuffled
 from innsteer.errors import BudgetError, InnsteerError, InputError, MissingPackage, UnknownName
 from innsteer.site import Site
@@ -277,7 +277,7 @@ def test_a_fit_is_the_one_that_a_user_gets(model, tmp_path, method, fields):
     whole = comparison(model, tmp_path, contender)
     site = Site(1)
     own = task.Task(whole.backend, CHOICE, whole.protocol, "", {})
-    made = own._fit(Cell(contender, CHOICE, 0), (site,))
+    made = own._fit(Cell(contender, CHOICE, 0), task.Place((site,)))
     (maps,) = made.arm(1.0).edits
     theirs = fitting.fit(model, CHOICE, contender.steerer, sites=[site]).interventions.state_dict()
     ours = maps.interventions.state_dict()
@@ -367,6 +367,26 @@ def test_loops_contend_with_their_twin_on_rows_of_one_chain(model, tmp_path, mon
         assert record["input"] == "model" and len(record["sites"]) == 3, record
         assert record["tested"] or record["unmet"]
         assert len(record["evaluations"]) == SMALL["evaluations"]
+
+
+def test_validation_chooses_the_value_that_no_data_decides(model, tmp_path):
+    few = Protocol.of(model, layers=(1,), **SMALL | {"evaluations": 12})
+    rows = [Contender.of("pid"), Contender.of("pid", setpoint=3.5)]
+    whole = comparison(model, tmp_path, *rows, protocol=few)
+    whole.run()
+    chosen, named = whole.found()
+    levels = [*rows[0].steerer.choices["setpoint"]]
+    tried = Counter(one["chosen"]["setpoint"] for one in chosen["evaluations"])
+    assert chosen["fits"] == 4 and sorted(tried) == levels and tried.total() == 12
+    assert max(tried, key=tried.get) == chosen["chosen"]["setpoint"], "its strength was searched"
+    assert named["fits"] == 1 and named["chosen"] == {} and len(named["evaluations"]) == 12
+    once = [one["neutral"] for one in chosen["evaluations"] if one["strength"] == 1]
+    assert len({*once}) == 4, "another set-point is another map"
+    scarce = comparison(model, tmp_path, rows[0])
+    scarce.run()
+    assert scarce.found()[0]["fits"] == 1, "nine evaluations do not suffice for four values"
+    drawn = _costs_plot(whole.found(), "x")["data"]
+    assert [len(line["x"]) for line in drawn[::2]] == [max(tried.values()), 12]
 
 
 def test_a_lora_contends_by_its_scale_and_leaves_the_model_as_it_was(model, tmp_path):
@@ -504,7 +524,7 @@ def test_prefixes_run_once_for_all_that_fit_through_the_model(model, tmp_path, m
     assert all(record["memory"] is None or record["memory"] > 0 for record in found.values())
     alone = fitting.fit(model, CHOICE, "condgrad", sites=(Site(found["condgrad"]["layer"]),))
     shared = task.Task(HF.of(model), CHOICE, whole.protocol, "", {})
-    fit = shared._fit(Cell(rows[2], CHOICE, 0), tuple(alone.interventions))
+    fit = shared._fit(Cell(rows[2], CHOICE, 0), task.Place(tuple(alone.interventions)))
     for name, value in alone.interventions.state_dict().items():
         torch.testing.assert_close(fit.arm(1.0).edit.interventions.state_dict()[name], value)
 

@@ -17,7 +17,7 @@ from innsteer.interventions import Edit
 from innsteer.setpoints import feature
 from innsteer.site import Site, Where
 from innsteer.steerer import Interventions, get
-from innsteer.steerers.alqr import ALQR, LEVELS, Feedback
+from innsteer.steerers.alqr import ALQR, Feedback
 from innsteer.steering import Steering
 from words import contrast, yes_or_no
 
@@ -158,6 +158,7 @@ def test_the_open_loops_mean_error_is_weighed_and_of_as_many_texts_as_asked():
         found.append(torch.stack(list(told.values())))
     assert not torch.allclose(found[0], found[1])
     assert {how["most"] for how in asked} == {7}
+    assert [how.get("steered") for how in asked] == [None, True] * 2, "features are of last tokens"
 
 
 # --- set-points and gains ------------------------------------------------------------------------
@@ -254,7 +255,7 @@ def test_the_open_twin_adds_at_each_layer_the_mean_control_of_the_closed_loop(mo
         for how in ({"loop": "closed"}, {"loop": "open", "at": at})
     )
     chain = fitting.linearised(model, data)
-    acts = chain.inputs(closed, coef=[at], side="source").where(split="train")
+    acts = chain.inputs(closed, coef=[at], side="source", steered=True).where(split="train")
     plain = chain.inputs(side="source").where(split="train")
     share = torch.from_numpy(acts.rows.weight / acts.rows.weight.sum()).float()
     for site, part in closed.items():
@@ -412,5 +413,6 @@ def test_blocks_that_are_no_neighbours_and_one_alone_are_refused(model):
         ALQR().fit(acts)
 
 
-def test_the_levels_are_the_authors():
-    assert LEVELS[0] == 1.0 and LEVELS[-1] == 3.5 and ALQR().setpoint in LEVELS
+def test_validation_chooses_set_points_from_the_authors_to_twice_theirs():
+    (levels,) = ALQR.choices.values()
+    assert {1.0, 3.5, 7.0, ALQR().setpoint} <= {*levels} and {*ALQR.choices} == {"setpoint"}

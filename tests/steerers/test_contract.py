@@ -390,6 +390,13 @@ def law_fit_follows_from_rows_and_seed(method: Steerer, acts: Activations):
     assert acts.hash == before, "the rows were changed"
 
 
+def law_choices_are_valid_and_the_default_is_one(method: Steerer):
+    for name, values in method.choices.items():
+        for value in values:
+            replace(method, **{name: value})
+        assert getattr(method, name) in values, f"the default of {name} is none of its choices"
+
+
 def law_test_rows_stay_unseen(method: Steerer, acts: Activations):
     """Rows of the test part beside the training rows change nothing."""
     other = recording(len(acts.behaviours), seed=9, split="test", widths=acts.widths)
@@ -752,6 +759,11 @@ def test_a_fitted_map_asks_for_no_gradient(name):
 def test_a_recording_with_one_side_only_is_refused(name):
     with pytest.raises(InputError):
         brief(name).fit(recording(widths=widths_of(name)).where(side="target"))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_validation_may_choose_any_of_a_method_s_choices(name):
+    law_choices_are_valid_and_the_default_is_one(steerer.get(name))
 
 
 @every_method
@@ -1150,6 +1162,19 @@ def test_law_6_catches_a_wrong_inverse_and_a_wrong_log_det(broken):
 def test_the_law_of_the_seed_catches_global_dice():
     with pytest.raises(AssertionError, match="generator"):
         law_fit_follows_from_rows_and_seed(RollsDice(), recording())
+
+
+def test_the_law_of_choices_catches_one_without_the_default_and_one_of_no_field():
+    class Odd(type(steerer.get("pid"))):
+        choices: ClassVar = {"setpoint": (2.0, 3.0)}
+
+    class Nothing(type(steerer.get("pid"))):
+        choices: ClassVar = {"setpiont": (1.0, 2.0)}
+
+    with pytest.raises(AssertionError, match="default"):
+        law_choices_are_valid_and_the_default_is_one(Odd())
+    with pytest.raises(TypeError, match="setpiont"):
+        law_choices_are_valid_and_the_default_is_one(Nothing())
 
 
 def test_the_law_of_test_rows_catches_a_mean_of_all_rows():

@@ -152,6 +152,7 @@ class Local:
         side: str | None = None,
         most: int | None = None,
         seed: int = 0,
+        steered: bool = False,
         where: Where = Where(),  # noqa: B008
     ) -> Activations:
         """Rows of all texts' last tokens at the *inputs* of the sites' blocks.
@@ -160,8 +161,9 @@ class Local:
             interventions: edits that are active meanwhile; a row holds those of the blocks before
                 its own. coef: their strengths, one per behaviour; default: 1 each. side: only
                 texts of this side. most: so many texts of a behaviour's side, drawn by the seed,
-                both texts of an item or none; default: all. where: the tokens that are edited;
-                default: from the last prompt token on.
+                both texts of an item or none; default: all. steered: the mean of all tokens that
+                are edited in the last one's place. where: these; default: from the last prompt
+                token on.
 
         Raises:
             PositionError: scope ``assistant``, which needs the turns of conversations.
@@ -176,7 +178,8 @@ class Local:
         found: dict[Site, dict[int, Tensor]] = {site: {} for site in self.sites}
         lengths = [len(text.ids) for text in texts]
         for part in self._backend._batches(lengths, self._progress, "rows"):
-            inputs = self._inputs([texts[n] for n in part], interventions, coef, where)
+            some = [texts[n] for n in part]
+            inputs = self._inputs(some, interventions, coef, where, steered=steered)
             for site in self.sites:
                 found[site] |= dict(zip(part, inputs[str(site)], strict=True))
         values = {
@@ -184,7 +187,7 @@ class Local:
         }
         table = Rows.of([text.record for text in texts])
         acts = Activations(values, table, self.behaviours, "last", self._provenance)
-        if interventions is None and side is None:
+        if interventions is None and side is None and not steered:
             self._rows = acts
         return acts
 
@@ -318,13 +321,27 @@ class Local:
         interventions: Interventions | None,
         coef: Sequence[float] | None,
         where: Where = Where(),  # noqa: B008
+        *,
+        steered: bool = False,
     ) -> dict[str, Tensor]:
         """What goes into the sites' blocks at the last tokens of some texts, ``[texts, d]``."""
         blocks = [site.layer for site in self.sites]
         shown = [[text.ids, text.prompt] for text in texts]
         strengths = torch.tensor(coef if coef is not None else [1.0] * len(self.behaviours))
         asked = digest(interventions), strengths.tolist(), str(where)
-        key = self._backend.key("inputs", shown, blocks, *asked)
+        key = self._backend.key("inputs", shown, blocks, *asked, *([True] if steered else []))
+
+        def row(given: Tensor, text: Read) -> Tensor:
+            if not steered:
+                return given[-1]
+            own = given[len(given) - len(text.ids) :]  # padded on the left
+            found = torch.cat([own[slice(*span)] for span in where.spans(prompt=text.prompt)])
+            if not len(found):
+                raise InputError(
+                    f"no steered token among the {len(own)} of item {text.record['item']!r}",
+                    expected=f"texts that {where} reaches",
+                )
+            return found.mean(0)
 
         def make() -> dict[str, Tensor]:
             ids, mask = self._backend._pad([text.ids for text in texts], side="left")
@@ -338,7 +355,10 @@ class Local:
                 self._model.model.base_model(
                     ids, attention_mask=mask, position_ids=positions_of(mask), use_cache=False
                 )
-            return {str(Site(n)): seen[n].given[:, -1].float().cpu() for n in blocks}
+            return {
+                str(Site(n)): torch.stack(list(map(row, seen[n].given, texts))).float().cpu()
+                for n in blocks
+            }
 
         return self._backend.memo.tensors(key, make)
 

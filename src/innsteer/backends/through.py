@@ -305,9 +305,12 @@ class Through:
         side: str | None = None,
         most: int | None = None,
         seed: int = 0,
+        steered: bool = False,
     ) -> Activations:
         """``Local.inputs`` of the same contrasts and sites."""
-        return self._local.inputs(interventions, coef=coef, side=side, most=most, seed=seed)
+        return self._local.inputs(
+            interventions, coef=coef, side=side, most=most, seed=seed, steered=steered
+        )
 
     def jacobian(self, block: int, *, prompts: int = 50, rank: int = 0, seed: int = 0) -> Tensor:
         """``Local.jacobian`` of the same contrasts and sites."""

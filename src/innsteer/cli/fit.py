@@ -108,6 +108,12 @@ def fit(
         Path | None, typer.Option(help="Fit on this recording instead of recording.")
     ] = None,
     together: TOGETHER = False,
+    choose: Annotated[
+        bool,
+        typer.Option(
+            "--choose", help="Choose on validation what no data decides, as alqr's setpoint."
+        ),
+    ] = False,
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
@@ -116,6 +122,11 @@ def fit(
     auto = method == "auto"
     if method not in (known := ["auto", *shelf.names()]):
         raise UnknownName("method", method, known)
+    if choose and (auto or rows or len(data) > 1):
+        raise InputError(
+            "--choose beside --rows, --method auto or several behaviours",
+            expected="one behaviour's data, on whose validation part the values are compared",
+        )
     if auto and (field or rows or layers or read or where != "generated" or len(data) > 1):
         raise InputError(
             "--method auto beside --set, --rows, --layers, --read, --where or several behaviours",
@@ -124,9 +135,10 @@ def fit(
         )
     fields = {} if auto else fields_of(method, field or [])
     if not auto and "concepts" in described(method)["needs"]:
-        if rows or read or where != "generated" or together or len(data) > 1:
+        if rows or read or where != "generated" or together or choose or len(data) > 1:
             raise InputError(
-                f"--method {method} beside --rows, --read, --where, --together or several tables",
+                f"--method {method} beside --rows, --read, --where, --together, --choose or "
+                "several tables",
                 expected="one table of concepts, prompts and responses; every token is steered",
             )
         _fit_concepts(data[0], folder, method, model, layers, fields, seed, as_json)
@@ -138,11 +150,18 @@ def fit(
     from innsteer.steerer import get
 
     steerer: Any = method if auto else get(method, **fields)
+    if choose:
+        choosing.open_choices(steerer, fields)
     place = Where.parse(where)
     sites, rule = sites_of(layers), read_rule(read)
     if rows and read:
         raise InputError(f"--read {read} beside --rows", remedy="the rows were read already")
     compared = len(sites) > 1 and not together
+    if choose and compared:
+        raise InputError(
+            f"--choose at {len(sites)} layers that are compared",
+            expected="one layer, or all of them as one steering with --together",
+        )
     if len(data) > 1 and (rows or compared):
         raise InputError(
             f"{len(data)} behaviours " + ("from a recording" if rows else "at several layers"),
@@ -164,6 +183,18 @@ def fit(
             )
         elif auto:
             steering = choosing.choose_method(backend, contrast, seed=seed, progress=progress)
+        elif choose:
+            steering = choosing.choose_value(
+                backend,
+                contrast,
+                method,
+                sites=sites,
+                **rule,
+                where=place,
+                seed=seed,
+                progress=progress,
+                **fields,
+            )
         elif compared:
             steering = choosing.choose_layer(
                 backend,
@@ -196,6 +227,12 @@ def fit(
         text = f"{steering.provenance['why']}\n{text}"
         if caution := steering.provenance.get("caution"):
             warn(caution)
+    if choose:
+        values = steering.provenance["values"]
+        told = (
+            f"{name} {'-' if found is None else f'{found:.3f}'}" for name, found in values.items()
+        )
+        text = f"control at the budget: {', '.join(told)}\n{text}"
     finish(
         as_json,
         facts_of(steering, folder),

@@ -111,6 +111,8 @@ class Comparison:
             "protocol": asdict(self.protocol),
             "measured": MEASURED,
         }
+        if contender.choices:
+            key["choices"] = contender.choices
         if contender.method == PROMPT_ONLY:
             key["instruction"] = self.instructions[cell.task.behaviour]
         if isinstance(cell.task, Benchmark):

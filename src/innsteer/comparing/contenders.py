@@ -104,6 +104,14 @@ class Contender:
         return get("diffmean" if self.method in controls else self.method, **self.fields)
 
     @property
+    def choices(self) -> dict[str, Sequence[Any]]:
+        """What validation chooses from: the method's choices, but for what this row names."""
+        if not self.dialled or self.method == LORA:
+            return {}
+        known = self.steerer.choices
+        return {name: values for name, values in known.items() if name not in self.fields}
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Every field of what is fitted, defaults too."""
         if not self.dialled:

@@ -1,9 +1,10 @@
 """What every contender gets alike, and the search for its strength within a budget."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from innsteer.calibration import BUDGET
@@ -44,13 +45,12 @@ class Protocol:
     answers: int = 60
 
     def __post_init__(self) -> None:
-        rounds = max(len(self.layers) - 1, 0).bit_length() + 1
         if not self.layers or len(set(self.layers)) < len(self.layers):
             raise InputError(f"layers {self.layers}", expected="at least one, all distinct")
-        if self.evaluations < rounds * len(self.layers):
+        if self.evaluations < needed(len(self.layers)):
             raise InputError(
                 f"{self.evaluations} evaluations for {len(self.layers)} layers",
-                expected=f"at least {rounds * len(self.layers)}: one per layer and round",
+                expected=f"at least {needed(len(self.layers))}: one per layer and round",
             )
         if not 0 < self.budget < math.inf:
             raise InputError(f"budget {self.budget}", expected="nats per token, above 0")
@@ -63,12 +63,17 @@ class Protocol:
         return cls(**{"layers": tuple(sorted(usual)), **how})
 
 
+def needed(places: int) -> int:
+    """Evaluations that successive halving of so many places takes: one per place and round."""
+    return places * (max(places - 1, 0).bit_length() + 1)
+
+
 class Evaluation(NamedTuple):
     """Control and both halves of the cost of one map at one strength, on validation.
 
     ``said`` is the mean probability of the answer steered for, whose share of both ``control`` is;
     for open tasks the mean change in log-odds, nats, which ``control`` squashes. A LoRA has no
-    layer.
+    layer. ``chosen`` has the values of the method's choices.
     """
 
     layer: int | None
@@ -77,6 +82,7 @@ class Evaluation(NamedTuple):
     neutral: float
     in_format: float
     said: float = 0.0
+    chosen: Mapping[str, Any] = MappingProxyType({})
 
     def cost(self, half: Half) -> float:
         """What the budget binds, nats."""

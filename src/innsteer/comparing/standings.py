@@ -378,7 +378,7 @@ def _costs_plot(records: Sequence[Record], name: str) -> dict[str, Any]:
         tried = sorted(
             (one["neutral"], one["control"])
             for one in record.get("evaluations", [])
-            if one["layer"] == record["layer"]
+            if one["layer"] == record["layer"] and one.get("chosen") == record.get("chosen")
         )
         data.append(
             {

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property, partial
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +20,7 @@ from innsteer.backends.local import Local
 from innsteer.backends.lora import LoRA, LoRATraining
 from innsteer.backends.through import Through
 from innsteer.comparing.contenders import LORA, SHUFFLED, Contender, Input
-from innsteer.comparing.search import Evaluation, Protocol, Search
+from innsteer.comparing.search import Evaluation, Protocol, Search, needed
 from innsteer.comparing.standings import HALVES, Half
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError
@@ -59,6 +60,21 @@ class Cell(NamedTuple):
     def title(self) -> str:
         """For people."""
         return f"{self.task.behaviour}: {self.contender.name}, seed {self.seed}"
+
+
+class Place(NamedTuple):
+    """Where a contender is fitted, and with which values of its method's choices."""
+
+    sites: tuple[Site, ...]
+    chosen: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def told(self) -> dict[str, Any]:
+        """For a record: the layer, of several the lowest, and the values of the choices."""
+        return {
+            "layer": self.sites[0].layer if self.sites else None,
+            "chosen": dict(self.chosen),
+        }
 
 
 class Task:
@@ -167,20 +183,20 @@ class Task:
         """Everything about one contender: fitted, dosed, tested."""
         if not cell.contender.dialled:
             return self._undialled(cell.contender)
-        fits = {sites: self._fit(cell, sites) for sites in self._places(cell.contender)}
+        fits = {place: self._fit(cell, place) for place in self._places(cell.contender)}
         try:
             return self._dosed(fits)
         finally:
             for one in fits.values():
                 one.remove()
 
-    def _dosed(self, fits: "Mapping[tuple[Site, ...], _Fit]") -> dict[str, Any]:
-        """The fit of the sites that validation chose, at both budgets."""
+    def _dosed(self, fits: "Mapping[Place, _Fit]") -> dict[str, Any]:
+        """The fit of the place that validation chose, at both budgets."""
         started = time.perf_counter()
-        sites, search, evaluated = self._search({at: one.arm for at, one in fits.items()})
-        fit = fits[sites]
+        place, search, evaluated = self._search(fits)
+        fit = fits[place]
         found: dict[str, Any] = {
-            "layer": sites[0].layer if sites else None,
+            **place.told,
             "sites": [str(site) for site in fit.sites],
             "fits": len(fits),
             "fit_seconds": sum(one.seconds for one in fits.values()),
@@ -250,17 +266,27 @@ class Task:
             f"as much on the test part: {', '.join(f'{one:.3g}' for one in over)}"
         )
 
-    def _places(self, contender: Contender) -> list[tuple[Site, ...]]:
-        """Where a contender is fitted: each candidate layer, or all sites of its own rule."""
-        if contender.method == LORA:
-            return [()]
-        own = own_sites(self.backend.model, contender.steerer)
-        if own and contender.alone:
-            return [(own[site.layer],) for site in self.sites]
-        return [own] if own else [(site,) for site in self.sites]
+    def _places(self, contender: Contender) -> list[Place]:
+        """Where a contender is fitted: each candidate layer, or all sites of its own rule.
 
-    def _fit(self, cell: Cell, sites: tuple[Site, ...]) -> "_Fit":
-        contender = cell.contender
+        There each value of its choices is a place, where the evaluations suffice for them.
+        """
+        if contender.method == LORA:
+            return [Place(())]
+        own = own_sites(self.backend.model, contender.steerer)
+        if not own:
+            return [Place((site,)) for site in self.sites]
+        if contender.alone:
+            return [Place((own[site.layer],)) for site in self.sites]
+        names = list(contender.choices)
+        found = [
+            Place(own, tuple(zip(names, values, strict=True)))
+            for values in product(*contender.choices.values())
+        ]
+        return found if needed(len(found)) <= self.protocol.evaluations else [Place(own)]
+
+    def _fit(self, cell: Cell, place: Place) -> "_Fit":
+        contender, sites = cell.contender, place.sites
         if contender.method == LORA:
             run, seconds = self._run(self.sites[-1:])
             started = time.perf_counter()
@@ -269,7 +295,7 @@ class Task:
                 lora = how.fit(self.backend.model, run, seed=cell.seed)
             took = time.perf_counter() - started
             return _Fit(_scaled(lora), (), _size(lora.weights), took, seconds, peak, lora.remove)
-        steerer = contender.steerer
+        steerer = replace(contender.steerer, **dict(place.chosen))  # type: ignore[type-var]
         if "jacobians" in steerer.needs:
             chain, seconds = self._chain(sites)
             with Peak(self.backend.model.device) as peak:
@@ -291,9 +317,7 @@ class Task:
                 made = fit_rows(self.backend, steerer, acts, seed=cell.seed)
         return _Fit.of_maps(made.interventions, made.provenance["fit_seconds"], seconds, peak)
 
-    def _search(
-        self, arms: "Mapping[tuple[Site, ...], ArmAt]"
-    ) -> tuple[tuple[Site, ...], Search, list[Evaluation]]:
+    def _search(self, fits: "Mapping[Place, _Fit]") -> tuple[Place, Search, list[Evaluation]]:
         """Where successive halving ends, the strengths there, and every evaluation."""
         half = self._halves[-1]
         budget, left = self.protocol.budget, self.protocol.evaluations
@@ -301,8 +325,8 @@ class Task:
         # What is read off all answers of a question moves with the log-odds themselves.
         whole = self.contrast.kind == "open" and not self.suite.questions
         searches = {
-            sites: Search(self._evaluate(sites, arm, evaluated), budget, whole=whole)
-            for sites, arm in arms.items()
+            place: Search(self._evaluate(place, fit.arm, evaluated), budget, whole=whole)
+            for place, fit in fits.items()
         }
         rounds = (len(searches) - 1).bit_length() + 1
         for n in range(rounds - 1):
@@ -315,16 +339,16 @@ class Task:
             # One half as much as the other.
             worth = {at: sum(map(search.worth, self._halves)) for at, search in searches.items()}
             kept = sorted(worth, key=lambda at: worth[at], reverse=True)[: -(-len(worth) // 2)]
-            searches = {sites: searches[sites] for sites in sorted(kept)}
-        ((sites, search),) = searches.items()
+            searches = {place: searches[place] for place in sorted(kept)}
+        ((place, search),) = searches.items()
         for n in range(left):
             binding: Half = half if n % 2 == 0 else "neutral"
             if not search.done(binding):
                 search.step(binding)
-        return sites, search, evaluated
+        return place, search, evaluated
 
     def _evaluate(
-        self, sites: tuple[Site, ...], arm: "ArmAt", evaluated: list[Evaluation]
+        self, place: Place, arm: "ArmAt", evaluated: list[Evaluation]
     ) -> Callable[[float], Evaluation]:
         def evaluate(strength: float) -> Evaluation:
             one = arm(strength)
@@ -338,8 +362,14 @@ class Task:
                 made = one.measured(self._meter("in_format validation"), "in_format")
                 bare = _scored("in_format_cost", made).value
             cost, bare = (each if math.isfinite(each) else TOO_DEAR for each in (cost, bare))
-            layer = sites[0].layer if sites else None
-            found = Evaluation(layer, strength, gain, cost, bare, said)
+            found = Evaluation(
+                strength=strength,
+                control=gain,
+                neutral=cost,
+                in_format=bare,
+                said=said,
+                **place.told,
+            )
             evaluated.append(found)
             return found
 

@@ -18,8 +18,6 @@ from innsteer.site import Site
 from innsteer.steerer import AcrossSites, Bound, Chain, Interventions, Steerer, side_means
 
 Loop = Literal["closed", "open"]
-LEVELS = (1.0, 1.5, 2.0, 2.5, 3.0, 3.5)
-"""The authors' values of lambda, the set-point, from refusal (1) to truthfulness (3.5)."""
 
 
 class Feedback(AcrossSites):
@@ -128,7 +126,8 @@ class ALQR(Steerer):
 
     Attributes:
         setpoint: lambda, how far from the origin features are held, in differences of means. The
-            authors' values go from 1 (refusal) over 2 (toxicity) to 3.5 (truthfulness): ``LEVELS``.
+            authors' values go from 1 (refusal) over 2 (toxicity) to 3.5 (truthfulness), measured
+            from zero; ``choices``, of which validation chooses, goes to twice that.
         origin: ``source``, the source mean, from which 1 is the target mean; or ``zero``, theirs.
         q, r, q_f: prices of the error, the control and the last error; only ratios count. The
             code's defaults; the paper's own go from (0.1, 1, 0.1) over (0.1, 10, 10) to
@@ -140,8 +139,9 @@ class ALQR(Steerer):
         lowest: the first block that is steered. The paper steers from block 0 on, whose input is
             the token's embedding, alike in all contexts; vLLM cannot serve that one.
         loop: ``closed``, or ``open``: the twin without feedback, which adds at each block the mean
-            u that the closed loop had on source texts, whatever the row. A fit knows no scope: it
-            is the mean under ``generated``, and under another scope no exact twin.
+            u that the closed loop had over the steered tokens of source texts, whatever the row. A
+            fit knows no scope: it is the mean under ``generated``, and under another scope no exact
+            twin.
         at: strength of the closed loop whose mean u an open one has; at that strength it is its
             twin, > 0. At another the loop corrects elsewhere in depth, and the twin does not.
         clip: the longest u of a closed loop as a share of the row's length, > 0; None = no limit.
@@ -168,6 +168,7 @@ class ALQR(Steerer):
     sites: ClassVar[str] = "layers"
     trained: ClassVar[bool] = False
     across_sites: ClassVar[bool] = True
+    choices: ClassVar[Mapping[str, tuple[float, ...]]] = {"setpoint": (1.0, 2.0, 3.5, 7.0)}
 
     setpoint: float = 2.0
     origin: Origin = "source"
@@ -282,11 +283,13 @@ class ALQR(Steerer):
         return fitted
 
     def _watched(self, run: Chain, fitted: Interventions, seed: int) -> dict[Site, Tensor]:
-        """Mean errors ``[k]`` that the closed loop has on source texts, by site."""
+        """Mean errors ``[k]`` that the closed loop has over source texts' tokens, by site."""
         found = {site: torch.zeros(len(run.behaviours), dtype=torch.double) for site in fitted}
         for row, behaviour in enumerate(run.behaviours):
             alone = [self.at * (row == n) for n in range(len(run.behaviours))]
-            acts = run.inputs(fitted, coef=alone, side="source", most=self.texts, seed=seed)
+            acts = run.inputs(
+                fitted, coef=alone, side="source", most=self.texts, seed=seed, steered=True
+            )
             acts = acts.where(split="train", behaviour=behaviour)
             share = torch.from_numpy(acts.rows.weight / acts.rows.weight.sum())
             for site, part in fitted.items():

@@ -126,6 +126,7 @@ class PID(Steerer):
     sites: ClassVar[str] = "layers"
     trained: ClassVar[bool] = False
     across_sites: ClassVar[bool] = True
+    choices: ClassVar[Mapping[str, tuple[float, ...]]] = {"setpoint": (1.0, 2.0, 3.5, 7.0)}
 
     kp: float = 0.7
     ki: float = 0.01
