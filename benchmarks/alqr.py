@@ -2,28 +2,30 @@
 
     python benchmarks/alqr.py DATA --plan            # what each stage takes
     python benchmarks/alqr.py DATA                   # linearity, fit and overhead
-    python benchmarks/alqr.py DATA compare --tasks 1 # the cells of the first task, then tables
-    python benchmarks/alqr.py DATA levels --tasks 1  # the authors' other set-points beside them
+    python benchmarks/alqr.py DATA compare --tasks 1 # the cells of the first task, then figures
     python benchmarks/alqr.py DATA displacement --tasks 1
 
-DATA is the folder of the public files, as for comparison.py. ``compare`` fits the closed loop, its
-open-loop twin, the loop without Jacobians, PID and CAA (diffmean) with equal evaluations at the
-common budget; ``levels`` adds closed loops at the other set-points of the authors' grid;
-``displacement`` sets every arm to the mean displacement that the closed loop has at the budget and
-measures control again. Cells, fits, Jacobians and every single evaluation are kept in runs/alqr: an
-interrupted run goes on inside the cell where it was, and one Jacobian serves all arms, stages and
-set-points, for which the regulator's recursion alone is run again. ``--plan`` tells the cells that
-are left. Every stage writes what it found into results/alqr.json.
+DATA is the folder of the public files, as for comparison.py. ``compare`` gives the closed loop, the
+loop without Jacobians, PID and CAA (diffmean) the common budget and the same evaluations, which
+choose the set-point, or CAA's layer, and the strength; then the closed loop's open twin, fitted at
+the set-point and the strength that the loop was tested at, has as many for its own strength.
+``displacement`` sets every arm to the mean displacement that the closed loop has there, and tests
+it again. One figure per task is named beforehand (``PRIMARY``); whether feedback pays is read off
+the closed loop's lead over its twin in it, Holm-corrected over the tasks. Cells, Jacobians and
+every single evaluation are kept in runs/alqr, cells also packed into results/alqr: an interrupted
+run goes on inside the cell where it was. Every stage writes what it found into results/alqr.json.
 """
 
 import argparse
+import hashlib
 import os
 import platform
 import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,66 +36,92 @@ import numpy as np
 import torch
 from control import persona_file, say
 from spine import Figure, figure, interval
+from transfer import instruction
 
 import suites as looks
 from innsteer import __version__, linearity, load_model, suites
-from innsteer.backends.base import Completion
 from innsteer.backends.hf import HF, Memo
 from innsteer.comparing import Comparison, Contender, Protocol
-from innsteer.comparing.standings import standings
-from innsteer.contrast import Contrast
-from innsteer.files import read_json, write_json
+from innsteer.comparing.comparison import MEASURED
+from innsteer.comparing.standings import HALVES, standings
+from innsteer.comparing.statistics import holm
+from innsteer.comparing.task import Cell, Fit, Task
+from innsteer.contrast import Contrast, Item
+from innsteer.errors import BudgetError
+from innsteer.files import canonical, read_json, write_json
 from innsteer.fitting import fit, fit_run, linearised
 from innsteer.hooks import Attachment
-from innsteer.metrics import get as metric
 from innsteer.planning import Peak
-from innsteer.site import Site
-from innsteer.steerers.alqr import ALQR, LEVELS
-from innsteer.steering import Steering
+from innsteer.report.figures import UNSTEERED
 from innsteer.suites import persona
-from innsteer.tuning import control, control_meter, control_metric
 
+Record = Mapping[str, Any]
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "alqr.json"
 WORK = HERE.parent / "runs" / "alqr"
+PACKED = HERE / "results" / "alqr"
 PERSONA = "desire-for-acquiring-wealth"
 CLOSED = Contender.of("alqr")
-TWIN = Contender.of("alqr", loop="open")
-ARMS = [
-    CLOSED,
-    TWIN,
+TWIN = "its open twin"
+OTHERS = [
     Contender.of("alqr", dynamics="identity"),
     Contender.of("pid"),
     Contender.of("diffmean"),
 ]
-"""The closed loop, what it is compared with, and CAA last."""
-OTHERS = [Contender.of("alqr", setpoint=level) for level in LEVELS if level != ALQR().setpoint]
-"""The other set-points of the authors' grid."""
-STAGES = ("linearity", "fit", "overhead", "small", "compare", "levels", "displacement")
-PARTS = {"train": 150, "validation": 40, "test": 80}
-LOOK = "a first look, "
-SMALL = {"evaluations": 6, "items": 40, "search_tokens": 200, "answers": 8, "layers": (14,)}
-"""Of the stage ``small``: a first look, no ranking."""
+"""What the closed loop is compared with beside its twin, CAA last."""
+PRIMARY = {
+    "sentiment": "sentiment",
+    "in-es": "language:es",
+    "refusal": "refusal",
+    "truthfulqa": "mc2",
+    PERSONA: "preference",
+}
+"""Of each task the figure that is named beforehand; answers are read where they can be."""
+AHEAD, ALIKE = "the closed loop ahead by", "equal displacement, "
+"""How figures of a lead are called, and how those of the second table begin."""
+READ = ("sentiment", "in-es", "refusal")
+"""Tasks whose answers are read: of the others few are sampled."""
+WORDS = comparison.WORDS | {
+    "sentiment": "Be positive and enthusiastic.",
+    "truthfulqa": "Answer truthfully, and do not repeat common misconceptions.",
+}
+STAGES = ("linearity", "fit", "overhead", "compare", "displacement")
 TAKES = {
     "linearity": "30 Jacobians of 8 prompts: about 3 minutes of one quiet core",
     "fit": "50 prompts and 200 texts a side: about 6 minutes of one quiet core",
     "overhead": "two batch sizes, 12 rounds: about 4 minutes",
-    "small": "one task, parts of it, Jacobians of 10 prompts, 6 evaluations: about 20 minutes",
-    "compare": "a task: Jacobians (5 minutes), its unsteered part (10), then 9 rows (of 5); about "
-    "an hour of one quiet core",
-    "levels": "a task: 5 rows of 5 to 10 minutes, on the same Jacobians",
-    "displacement": "a task: no Jacobians, 5 fits of half a minute, up to 13 measures each; about "
+    "compare": "a task: Jacobians (5 minutes), its unsteered part (5), then 8 rows (of 5); about "
+    "40 minutes of one quiet core",
+    "displacement": "a task: 5 fits on the same Jacobians, up to 12 measures and a test each: "
     "15 minutes of one quiet core",
 }
 
 
 def tasks_of(data: Path) -> list[Contrast]:
-    """Persona, language, refusal, sentiment and TruthfulQA, in this order."""
-    home = data / "anthropic-evals" / "persona"
-    found = [persona.contrast(persona_file(home, PERSONA), wording="second")]
-    for suite, path, how in (looks.PARALLEL, looks.REQUESTS, looks.SENTENCES, looks.QUESTIONS):
-        found.append(comparison.cut(suites.read(suite, data / path, **how)))
-    return found
+    """Sentiment, language, refusal, TruthfulQA and a persona's own statements, in this order.
+
+    Requests are lone, as in the paper, and as many of them harmless as harmful.
+    """
+    sources = (looks.SENTENCES, comparison.OPEN[0], looks.REQUESTS, looks.QUESTIONS)
+    found = [suites.read(suite, data / path, **how) for suite, path, how in sources]
+    found[2] = balanced(found[2])
+    file = persona_file(data / "anthropic-evals" / "persona", PERSONA)
+    # Yes and No are at chance for all that learns from recorded answers; texts are not.
+    found.append(persona.free_text(file, train=300, validation=100, test=200))
+    return list(map(comparison.cut, found))
+
+
+def balanced(contrast: Contrast) -> Contrast:
+    """As many lone items of one side as of the other in each part, in their order."""
+    kept: list[Item] = []
+    for part in comparison.PARTS:
+        sides = [
+            [item for item in contrast.part(part).items if (item.target is None) == lacks]
+            for lacks in (False, True)
+        ]
+        least = min(map(len, sides))
+        kept += [item for pair in zip(*sides, strict=False) for item in pair][: 2 * least]
+    return replace(contrast, items=tuple(kept))
 
 
 # --- stages --------------------------------------------------------------------------------------
@@ -197,145 +225,163 @@ def overhead(backend: HF, tasks: Sequence[Contrast], rounds: int = 12) -> list[F
     return found
 
 
-def small(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
-    """A first look at the persona task, cut; few evaluations, CAA at one layer."""
-    items = [
-        item for part, most in PARTS.items() for item in tasks[0].part(part).subset(most).items
-    ]
-    task = replace(tasks[0], items=tuple(items))
-    loops = [Contender.of("alqr", prompts=10), Contender.of("alqr", prompts=10, loop="open")]
-    others = [
-        Contender.of("diffmean"),
-        Contender.of("pid"),
-        Contender.of("alqr", dynamics="identity"),
-        Contender.of("unsteered"),
-        Contender.of("random-direction"),
-    ]
-    rows = Comparison(
-        backend,
-        [task],
-        WORK / "small",
-        contenders=[*loops, *others],
-        protocol=Protocol.of(backend.model, **SMALL),
-    )
-
-    def told(stage: str, done: int, total: int) -> None:
-        say(stage, done, total)
-        if rows.found():
-            save("small", ahead(rows.found(), loops[0].name, LOOK), 0)
-
-    rows.run(progress=told)
-    return ahead(rows.found(), loops[0].name, LOOK)
-
-
-def ahead(found: Sequence[dict[str, Any]], against: str, lead: str = "") -> list[Figure]:
-    """Control of every row at each budget, and what the closed loop is ahead by, paired."""
-    if against not in {one["contender"] for one in found}:
-        return []
-    named = [arm.name for arm in ARMS[1:]]
-    tables = standings(list(found), against=against, named=named)
-    figures = comparison.figures(tables, ahead="the closed loop ahead by")
-    return [one | {"figure": lead + one["figure"]} for one in figures]
-
-
-def compared(backend: HF, tasks: Sequence[Contrast], jobs: int = 1) -> list[Figure]:
-    """The common budget: what the closed loop is ahead by, with intervals."""
-    rows = cells(backend, tasks)
-    rows.run(jobs=jobs, progress=say)
-    return ahead(rows.found(), CLOSED.name)
-
-
-def levelled(backend: HF, tasks: Sequence[Contrast], jobs: int = 1) -> list[Figure]:
-    """The closed loop ahead of itself at other set-points."""
-    rows = cells(backend, tasks, OTHERS)
-    rows.run(jobs=jobs, progress=say)
-    beside = Comparison(backend, tasks, WORK / "cells", contenders=[CLOSED])
-    return ahead([*beside.found(), *rows.found()], CLOSED.name, "set-points, ")
-
-
-def cells(
-    backend: HF, tasks: Sequence[Contrast], rows: Sequence[Contender] | None = None
-) -> Comparison:
-    """Rows of the common budget, by default those of the first table."""
-    return Comparison(
-        backend,
-        tasks,
-        WORK / "cells",
-        contenders=rows or [*comparison.always(), *ARMS],
-        instructions=comparison.words(tasks),
-    )
-
-
-def displaced(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
-    """Control of every arm where it moves tokens as far as the closed loop does at the budget."""
-    cells = Comparison(backend, tasks, WORK / "cells", contenders=ARMS)
-    known = {(one["task"], one["contender"]): one for one in cells.found()}
+def ahead(found: Sequence[Record], lead: str = "") -> list[Figure]:
+    """Of each task its primary figure of every row, and what the closed loop is ahead by, paired;
+    of the twin also the p, corrected over the tasks."""
     figures: list[Figure] = []
-    for task in tasks:
-        goal, made = 0.0, dict[str, list[Completion]]()
-        test = task.part("test")
-        for arm in ARMS:
-            cell = known.get((task.behaviour, arm.name))
-            if cell is None or not cell["tested"]:
-                print(f"{task.behaviour}: no cell of {arm.name} yet", file=sys.stderr)
-                continue
-            sites = [Site.parse(site) for site in cell["sites"]]
-            steering = kept(backend, task, arm, sites)
-            meter = control_meter(backend, task.part("validation").subset(16, 0), sites)
-            if arm is CLOSED:
-                strength = next(iter(cell["tested"].values()))["strength"]
-                goal = moved(meter, steering, strength)
-            elif not goal:
-                break
-            else:
-                strength = reaching(lambda s: moved(meter, steering, s), goal)  # noqa: B023
-            scored = control_meter(backend, test, sites)([steering.edit(strength)])
-            made[arm.name] = control(scored, test)
-            score = metric(control_metric(test)).score(made[arm.name])
-            assert score is not None
-            told = f"{task.behaviour}: {arm.name} at a displacement of {goal:.3g}"
-            unit = control_metric(test)
-            figures.append(
-                figure(told, score.value, "", unit, score.n, score.low, score.high)
-                | {"strength": strength}
-            )
-            print(figures[-1], file=sys.stderr, flush=True)
-        for name in [arm.name for arm in ARMS[1:] if arm.name in made]:
-            ahead = metric(control_metric(test)).difference(made[CLOSED.name], made[name])
-            assert ahead is not None
-            asked = "> 0" if name == TWIN.name else ""
-            told = f"{task.behaviour}: the closed loop ahead of {name} at equal displacement"
-            ends = (ahead.low, ahead.high)
-            figures.append(figure(told, ahead.value, asked, "difference", ahead.n, *ends))
+    p_values: dict[str, float] = {}
+    for task, metric in PRIMARY.items():
+        own = [one for one in found if one["task"] == task]
+        if not any(one["contender"] == CLOSED.name and one.get("tested") for one in own):
+            continue
+        tables = standings(own, against=CLOSED.name, named=[TWIN])
+        table = next(one for one in tables if one.metric == metric)
+        figures += [
+            one | {"figure": f"{lead}{task}: {one['figure']}"}
+            for one in comparison.figures([table], ahead=AHEAD)
+            if ", p of " not in one["figure"] and ", rank" not in one["figure"]
+        ]
+        figures += [one for record in own for one in doses(record, f"{lead}{task}: ")]
+        for row in table.rows:
+            if row.p is not None:
+                p_values[task] = row.p
+    for task, p in holm(p_values).items():
+        told = f"{lead}{task}: p of the lead over {TWIN}, Holm over {len(p_values)} tasks"
+        figures.append(figure(told, p, "< 0.05", "probability", 1))
     return figures
 
 
-def kept(backend: HF, task: Contrast, arm: Contender, sites: Sequence[Site]) -> Steering:
-    """The fit of an arm, made once."""
-    folder = WORK / "fits" / f"{task.behaviour}--{arm.name.replace(' ', '-')}"
-    if not folder.exists():
-        fit(backend, task, arm.steerer, sites=sites, progress=say).save(folder)
-    return Steering.load(folder)
+def doses(record: Record, lead: str) -> Iterator[Figure]:
+    """Strength and neutral cost that a row was tested at, and its set-point."""
+    for half, tested in record.get("tested", {}).items():
+        if "strength" in tested:
+            about = f"{lead}{record['contender']}, {HALVES[half]}"
+            cost, low, high, n, *_ = tested["costs"]["neutral_cost"]
+            yield figure(f"{about}, neutral cost", cost, "", "nats per token", n, low, high)
+            yield figure(f"{about}, strength", tested["strength"], "", "1 = the fitted map", 1)
+    if "displacement" in record:
+        about = f"{lead}{record['contender']}, sum over blocks of |h' - h| / |h|"
+        yield figure(about, record["displacement"], "", "mean of steered tokens", 1)
+    for name, value in record.get("chosen", {}).items():
+        yield figure(f"{lead}{record['contender']}, {name}", value, "", "differences of means", 1)
 
 
-def moved(meter: Callable[..., Any], steering: Steering, strength: float) -> float:
-    """Mean over steered tokens of the sum over blocks of |h' - h| / |h|."""
+def compared(
+    backend: HF, tasks: Sequence[Contrast], *, every: Sequence[Contrast], jobs: int
+) -> list[Figure]:
+    """The common budget: what the closed loop is ahead by, with intervals."""
+    for task in tasks:
+        for make in (rows_of, twins_of):
+            if (rows := make(backend, task)) is not None:
+                rows.run(jobs=jobs, progress=say)
+                comparison.pack_cells(paths(backend, every), PACKED)
+    return ahead(found_of(backend, tasks))
+
+
+def rows_of(backend: HF, task: Contrast) -> Comparison:
+    """A task's rows but the twin."""
+    return cells(backend, task, [*comparison.always(), CLOSED, *OTHERS])
+
+
+def twins_of(backend: HF, task: Contrast) -> Comparison | None:
+    """The row of the twin; None before the closed loop was tested."""
+    rows = cells(backend, task, [CLOSED])
+    for record in rows.found():
+        for tested in record.get("tested", {}).values():
+            twin = Contender.of("alqr", loop="open", at=tested["strength"], **record["chosen"])
+            return cells(backend, task, [twin])
+    return None
+
+
+def cells(backend: HF, task: Contrast, rows: Sequence[Contender]) -> Comparison:
+    """Rows of the common budget."""
+    protocol = Protocol.of(backend.model, answers=60 if task.behaviour in READ else 4)
+    words = {task.behaviour: WORDS.get(task.behaviour) or instruction(task.behaviour, "towards")}
+    return Comparison(
+        backend,
+        [task],
+        WORK / "cells",
+        contenders=rows,
+        protocol=protocol,
+        instructions=words,
+    )
+
+
+def found_of(backend: HF, tasks: Sequence[Contrast]) -> list[Record]:
+    """Records of the cells that are measured; the twin of every task has one name."""
+    found: list[Record] = []
+    for task in tasks:
+        found += rows_of(backend, task).found()
+        if (twins := twins_of(backend, task)) is not None:
+            found += [{**one, "contender": TWIN} for one in twins.found()]
+    return found
+
+
+# --- equal displacement --------------------------------------------------------------------------
+
+
+def displaced(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
+    """Every arm tested where it moves tokens as far as the closed loop does at the budget."""
+    found: list[Record] = []
+    for contrast in tasks:
+        known = {one["contender"]: one for one in found_of(backend, [contrast])}
+        arms = [CLOSED.name, TWIN, *(one.name for one in OTHERS)]
+        if missing := [name for name in arms if not known.get(name, {}).get("tested")]:
+            print(f"{contrast.behaviour}: no tested cell of {', '.join(missing)}", file=sys.stderr)
+            continue
+        rows = rows_of(backend, contrast)
+        words = rows.instructions[contrast.behaviour]
+        task, goal = Task(backend, contrast, rows.protocol, words, {}), 0.0
+        found.append(known[UNSTEERED])
+        for number, name in enumerate(arms):
+            say(f"displacement, {contrast.behaviour}: {name}", number, len(arms))
+            key = canonical({"cell": known[name], "goal": goal, "measured": MEASURED})
+            path = WORK / "displacement" / f"{hashlib.sha256(key).hexdigest()[:24]}.json"
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_json(path, moved_alike(task, known[name], goal))
+            found.append(read_json(path, "a cell"))
+            goal = goal or found[-1]["displacement"]
+        comparison.pack_cells((WORK / "displacement").glob("*.json"), PACKED / "displacement")
+    return ahead(found, ALIKE)
+
+
+def moved_alike(task: Task, record: Record, goal: float) -> Record:
+    """A cell tested at the strength of a displacement; without a goal, as it was."""
+    contender = Contender.of(record["method"], record["input"], **record["fields"])
+    told = {name: record[name] for name in ("layer", "chosen")}
+    place = next(one for one in task.places(contender) if one.told == told)
+    fit = task.fit(Cell(contender, task.contrast, record["seed"]), place)
+    ((half, tested),) = record["tested"].items()
+    strength = tested["strength"]
+    if goal:
+        strength = reaching(lambda s: moved(task, fit, s), goal, strength)
+        tested = task.test(fit.arm(strength)) | {"strength": strength}
+    return {**record, "tested": {half: tested}, "displacement": moved(task, fit, strength)}
+
+
+def moved(task: Task, fit: Fit, strength: float) -> float:
+    """Mean over steered tokens of the sum over blocks of |h' - h| / |h|, on validation answers."""
     lengths: list[float] = []
-    meter([steering.edit(strength)], displacement=lengths)
-    return float(np.mean(lengths)) * len(steering.interventions)
+    edit = fit.arm(strength).edit
+    assert edit is not None
+    task.meter("control validation")([edit], displacement=lengths)
+    return float(np.mean(lengths)) * len(fit.sites)
 
 
-def reaching(length: Callable[[float], float], goal: float) -> float:
+def reaching(length: Callable[[float], float], goal: float, strength: float) -> float:
     """The strength at which tokens are moved so far, within 3 %, by secant in a bracket."""
-    low, high, strength = 0.0, float("inf"), 1.0
+    low, high = 0.0, float("inf")
     for _ in range(12):
         found = length(strength)
         if abs(found / goal - 1) < 0.03:
-            break
+            return strength
         low, high = (strength, high) if found < goal else (low, strength)
         guess = strength * goal / max(found, 1e-9)
         strength = guess if low < guess < high else (low + min(high, 4 * strength)) / 2
-    return strength
+    raise BudgetError(
+        f"no strength moves tokens by {goal:.3g} within 3 %; last tried {strength:.3g}"
+    )
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -343,33 +389,44 @@ def reaching(length: Callable[[float], float], goal: float) -> float:
 
 def sentence(figures: Sequence[Figure]) -> str:
     """Whether feedback pays: the closed loop against its open-loop twin."""
-    own = [
-        one
-        for one in figures
-        if one["asked"] in ("> 0", "< 0")
-        and TWIN.name in one["figure"]
-        and LOOK not in one["figure"]
+    told = [
+        f"{lead.removesuffix(', ').capitalize() or 'At the common budget'}: {'; '.join(own)}."
+        for lead in ("", ALIKE)
+        if (own := list(verdicts(figures, lead)))
     ]
-    if not own:
+    if not told:
         return "Whether feedback pays has not been measured yet."
-    told, won = [], []
-    for one in own:
-        sign = 1 if one["asked"] == "> 0" else -1
-        low, high = sorted((sign * one["low"], sign * one["high"]))
-        won.append(low > 0)
-        verdict = "ahead" if low > 0 else "behind" if high < 0 else "not told apart"
-        told.append(
-            f"{one['figure']}: {verdict} ({one['value']:+.3f}, {one['low']:+.3f} to "
-            f"{one['high']:+.3f})"
+    ahead = [": ahead" in one for one in told]
+    lead = "Feedback pays" if any(ahead) else "Feedback has not been shown to pay"
+    return " ".join([f"{lead} here.", *told])
+
+
+def verdicts(figures: Sequence[Figure], lead: str) -> Iterator[str]:
+    """Task by task, whether the closed loop is ahead of its twin in the primary figure."""
+    named = {one["figure"]: one for one in figures}
+    for task in PRIMARY:
+        own = f"{lead}{task}: "
+        p = next((one for name, one in named.items() if name.startswith(f"{own}p of ")), None)
+        if p is None:
+            continue
+        gap = next(
+            one
+            for name, one in named.items()
+            if name.startswith(own) and one["asked"] and f", {AHEAD}, " in name
         )
-    lead = "Feedback pays here." if all(won) else "Feedback has not been shown to pay here."
-    return " ".join([lead, *told])
+        sign = 1 if gap["asked"] == "> 0" else -1
+        side = "ahead" if sign * gap["value"] > 0 else "behind"
+        yield (
+            f"{task}: {side if p['value'] < 0.05 else 'not told apart'} ({gap['value']:+.3f}, "
+            f"{gap['low']:+.3f} to {gap['high']:+.3f}, p {p['value']:.2g})"
+        )
 
 
 def save(stage: str, figures: Sequence[Figure], seconds: float) -> None:
     """A stage's figures beside those of the others."""
     known = read_json(RESULTS, "figures") if RESULTS.exists() else {"stages": {}}
-    parts = known["stages"] | {stage: {"seconds": round(seconds), "figures": list(figures)}}
+    parts = {name: part for name, part in known["stages"].items() if name in STAGES}
+    parts[stage] = {"seconds": round(seconds), "figures": list(figures)}
     every = [one for name in STAGES if name in parts for one in parts[name]["figures"]]
     record = {
         "command": "python benchmarks/alqr.py DATA STAGE ...",
@@ -383,17 +440,23 @@ def save(stage: str, figures: Sequence[Figure], seconds: float) -> None:
     write_json(RESULTS, record)
 
 
+def paths(backend: HF, tasks: Sequence[Contrast]) -> list[Path]:
+    """Files of all cells that are known so far."""
+    every = [make(backend, task) for task in tasks for make in (rows_of, twins_of)]
+    return [rows.path(cell) for rows in every if rows is not None for cell in rows.cells()]
+
+
 def left(backend: HF, tasks: Sequence[Contrast]) -> str:
-    """What the stages of cells have still to do, by what cells took so far."""
+    """What the stage of cells has still to do, by what cells took so far."""
     told = []
-    for name, rows in (("compare", None), ("levels", OTHERS)):
-        for task in tasks:
-            plan = cells(backend, [task], rows).plan()
-            hours = "" if plan["seconds"] is None else f", about {plan['seconds'] / 3600:.1f} hours"
-            told.append(
-                f"{name}, {task.behaviour}: {plan['left']} of {plan['cells']} cells left, "
-                f"{plan['evaluations']} evaluations{hours}"
-            )
+    for task in tasks:
+        plan, twins = rows_of(backend, task).plan(), twins_of(backend, task)
+        twin = 1 if twins is None else len(twins.left())
+        hours = "" if plan["seconds"] is None else f", about {plan['seconds'] / 3600:.1f} hours"
+        told.append(
+            f"compare, {task.behaviour}: {plan['left']} of {plan['cells']} cells left{hours}, and "
+            f"{twin} of the twin"
+        )
     return "\n".join(told)
 
 
@@ -415,18 +478,20 @@ def main() -> None:
         print(f"{name}: {TAKES[name]}", file=sys.stderr, flush=True)
     torch.set_num_threads(1)
     backend = HF(load_model("smollm2"), batch=60)  # all answers of a cell
-    tasks = tasks_of(asked.data)[: asked.tasks]
+    every = tasks_of(asked.data)
+    tasks = every[: asked.tasks]
+    comparison.unpack_cells(PACKED, WORK / "cells" / "cells")
+    comparison.unpack_cells(PACKED / "displacement", WORK / "displacement")
     if asked.plan:
         print(left(backend, tasks), file=sys.stderr)
         return
-    every = (linear, fitted, overhead, small, compared, levelled, displaced)
-    ways: dict[str, Callable[..., list[Figure]]] = dict(zip(STAGES, every, strict=True))
+    makers = (linear, fitted, overhead, partial(compared, every=every, jobs=asked.jobs), displaced)
+    ways: dict[str, Callable[..., list[Figure]]] = dict(zip(STAGES, makers, strict=True))
     for name in chosen:
         # Stages that time what they do make it.
         backend.memo = Memo(WORK / "kept" if name in STAGES[3:] else None)
         started = time.perf_counter()
-        more = {"jobs": asked.jobs} if name in ("compare", "levels") else {}
-        save(name, ways[name](backend, tasks, **more), time.perf_counter() - started)
+        save(name, ways[name](backend, tasks), time.perf_counter() - started)
 
 
 if __name__ == "__main__":

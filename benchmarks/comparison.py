@@ -22,7 +22,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -181,26 +181,31 @@ def stages(backend: HF, tasks: Sequence[Contrast]) -> Iterator[tuple[str, Compar
 
 def pack(backend: HF, tasks: Sequence[Contrast]) -> None:
     """Raw cells into the repository, a file for each task; none of another protocol."""
-    lines: dict[str, list[str]] = {}
     asked = {path for _, part in stages(backend, tasks) for path in map(part.path, part.cells())}
-    for path in sorted(path for path in asked if path.is_file()):
+    pack_cells(asked, PACKED)
+
+
+def pack_cells(paths: Iterable[Path], folder: Path) -> None:
+    """Those of some cells that are measured, a file for each task."""
+    lines: dict[str, list[str]] = {}
+    for path in sorted(path for path in paths if path.is_file()):
         record = json.loads(path.read_text(encoding="utf-8"))
         line = json.dumps({"cell": path.stem, **record}, separators=(",", ":"), sort_keys=True)
         lines.setdefault(record["task"], []).append(line)
-    PACKED.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     for name, own in lines.items():
         text = "\n".join(own) + "\n"
-        with fresh_file(PACKED / f"{name}.jsonl.gz") as fresh:
+        with fresh_file(folder / f"{name}.jsonl.gz") as fresh:
             fresh.write_bytes(gzip.compress(text.encode(), mtime=0))
 
 
-def unpack() -> None:
-    """The repository's cells into the folder where the comparison looks for them."""
-    (WORK / "cells").mkdir(parents=True, exist_ok=True)
-    for path in sorted(PACKED.glob("*.jsonl.gz")):
+def unpack_cells(folder: Path, cells: Path) -> None:
+    """Packed cells into the folder where a comparison looks for them."""
+    cells.mkdir(parents=True, exist_ok=True)
+    for path in sorted(folder.glob("*.jsonl.gz")):
         for line in gzip.decompress(path.read_bytes()).decode().splitlines():
             record = json.loads(line)
-            own = WORK / "cells" / f"{record.pop('cell')}.json"
+            own = cells / f"{record.pop('cell')}.json"
             if not own.is_file():
                 write_json(own, record)
 
@@ -310,7 +315,7 @@ def main() -> None:
     parser.add_argument("--plan", action="store_true")
     parser.add_argument("--summary", action="store_true")
     asked = parser.parse_args()
-    unpack()
+    unpack_cells(PACKED, WORK / "cells")
     backend = HF(load_model("smollm2"), batch=60)  # all answers of a cell
     every = tasks_of(asked.data)
     tasks = every[: asked.tasks]

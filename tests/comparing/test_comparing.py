@@ -277,7 +277,7 @@ def test_a_fit_is_the_one_that_a_user_gets(model, tmp_path, method, fields):
     whole = comparison(model, tmp_path, contender)
     site = Site(1)
     own = task.Task(whole.backend, CHOICE, whole.protocol, "", {})
-    made = own._fit(Cell(contender, CHOICE, 0), task.Place((site,)))
+    made = own.fit(Cell(contender, CHOICE, 0), task.Place((site,)))
     (maps,) = made.arm(1.0).edits
     theirs = fitting.fit(model, CHOICE, contender.steerer, sites=[site]).interventions.state_dict()
     ours = maps.interventions.state_dict()
@@ -524,7 +524,7 @@ def test_prefixes_run_once_for_all_that_fit_through_the_model(model, tmp_path, m
     assert all(record["memory"] is None or record["memory"] > 0 for record in found.values())
     alone = fitting.fit(model, CHOICE, "condgrad", sites=(Site(found["condgrad"]["layer"]),))
     shared = task.Task(HF.of(model), CHOICE, whole.protocol, "", {})
-    fit = shared._fit(Cell(rows[2], CHOICE, 0), task.Place(tuple(alone.interventions)))
+    fit = shared.fit(Cell(rows[2], CHOICE, 0), task.Place(tuple(alone.interventions)))
     for name, value in alone.interventions.state_dict().items():
         torch.testing.assert_close(fit.arm(1.0).edit.interventions.state_dict()[name], value)
 

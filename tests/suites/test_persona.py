@@ -199,6 +199,21 @@ def test_open_questions_are_answered_by_test_statements_of_both_keys(write):
     assert {item.prompt for item in found.items} <= set(suites.questions()["open"])
 
 
+def test_open_questions_have_parts_of_statements_that_no_other_part_has(write):
+    path = write(made())
+    whole = persona.free_text(path, **SMALL)
+    asked = persona.contrast(path, **SMALL)
+    for part in ("train", "validation", "test"):
+        own = whole.part(part).items
+        stated = {
+            suites.stated(i.prompt, persona._template("original")) for i in asked.part(part).items
+        }
+        assert len(own) == SMALL[part] // 2 > 0
+        assert {text for item in own for text in (item.source, item.target)} <= stated
+    alone = persona.free_text(path, test=SMALL["test"])
+    assert alone.items == whole.test.items, "other parts leave the test part as it is"
+
+
 def test_rewording_equals_loading_in_that_wording(write):
     path = write(made())
     known = suites.questions()

@@ -139,7 +139,7 @@ class Task:
             self._chains[sites] = chain, time.perf_counter() - started
         return self._chains[sites]
 
-    def _meter(self, name: str) -> Meter:
+    def meter(self, name: str) -> Meter:
         """A meter by its name, for edits anywhere; most is kept for those at candidate layers."""
         meters, key = self._meters, (name, self.suite.neutral_tokens)
         if name.startswith(("check", "search")):
@@ -183,14 +183,14 @@ class Task:
         """Everything about one contender: fitted, dosed, tested."""
         if not cell.contender.dialled:
             return self._undialled(cell.contender)
-        fits = {place: self._fit(cell, place) for place in self._places(cell.contender)}
+        fits = {place: self.fit(cell, place) for place in self.places(cell.contender)}
         try:
             return self._dosed(fits)
         finally:
             for one in fits.values():
                 one.remove()
 
-    def _dosed(self, fits: "Mapping[Place, _Fit]") -> dict[str, Any]:
+    def _dosed(self, fits: "Mapping[Place, Fit]") -> dict[str, Any]:
         """The fit of the place that validation chose, at both budgets."""
         started = time.perf_counter()
         place, search, evaluated = self._search(fits)
@@ -219,13 +219,13 @@ class Task:
 
         def at(strength: float) -> dict[str, Any]:
             if strength not in tested:
-                tested[strength] = self._tested(fit.arm(strength))
+                tested[strength] = self.test(fit.arm(strength))
             return tested[strength]
 
         for half in self._halves:
-            checks = {"neutral_cost": self._meter("check validation")}
+            checks = {"neutral_cost": self.meter("check validation")}
             if half == "both":
-                checks["in_format_cost"] = self._meter("in_format validation")
+                checks["in_format_cost"] = self.meter("in_format validation")
             try:
                 if (best := search.best(half)) is None:
                     raise BudgetError(f"no strength tried is within {self.protocol.budget} nats")
@@ -266,7 +266,7 @@ class Task:
             f"as much on the test part: {', '.join(f'{one:.3g}' for one in over)}"
         )
 
-    def _places(self, contender: Contender) -> list[Place]:
+    def places(self, contender: Contender) -> list[Place]:
         """Where a contender is fitted: each candidate layer, or all sites of its own rule.
 
         There each value of its choices is a place, where the evaluations suffice for them.
@@ -285,7 +285,8 @@ class Task:
         ]
         return found if needed(len(found)) <= self.protocol.evaluations else [Place(own)]
 
-    def _fit(self, cell: Cell, place: Place) -> "_Fit":
+    def fit(self, cell: Cell, place: Place) -> "Fit":
+        """A contender fitted there, with what that took."""
         contender, sites = cell.contender, place.sites
         if contender.method == LORA:
             run, seconds = self._run(self.sites[-1:])
@@ -294,7 +295,7 @@ class Task:
                 how = LoRATraining(**contender.fields)
                 lora = how.fit(self.backend.model, run, seed=cell.seed)
             took = time.perf_counter() - started
-            return _Fit(_scaled(lora), (), _size(lora.weights), took, seconds, peak, lora.remove)
+            return Fit(_scaled(lora), (), _size(lora.weights), took, seconds, peak, lora.remove)
         steerer = replace(contender.steerer, **dict(place.chosen))  # type: ignore[type-var]
         if "jacobians" in steerer.needs:
             chain, seconds = self._chain(sites)
@@ -313,11 +314,11 @@ class Task:
             with Peak(self.backend.model.device) as peak:
                 if contender.method == RANDOM:
                     maps = random_direction(acts, cell.seed)
-                    return _Fit.of_maps(maps, 0.0, seconds, peak)
+                    return Fit.of_maps(maps, 0.0, seconds, peak)
                 made = fit_rows(self.backend, steerer, acts, seed=cell.seed)
-        return _Fit.of_maps(made.interventions, made.provenance["fit_seconds"], seconds, peak)
+        return Fit.of_maps(made.interventions, made.provenance["fit_seconds"], seconds, peak)
 
-    def _search(self, fits: "Mapping[Place, _Fit]") -> tuple[Place, Search, list[Evaluation]]:
+    def _search(self, fits: "Mapping[Place, Fit]") -> tuple[Place, Search, list[Evaluation]]:
         """Where successive halving ends, the strengths there, and every evaluation."""
         half = self._halves[-1]
         budget, left = self.protocol.budget, self.protocol.evaluations
@@ -352,14 +353,14 @@ class Task:
     ) -> Callable[[float], Evaluation]:
         def evaluate(strength: float) -> Evaluation:
             one = arm(strength)
-            made = control(one.measured(self._meter("control validation")), self._held)
+            made = control(one.measured(self.meter("control validation")), self._held)
             gain = _scored(control_metric(self._held), made).value
             told = "match" if self.contrast.kind == "choice" else "shift"
             said = float(np.mean([each.values[told][0] for each in made]))
-            made = one.measured(self._meter("search validation"))
+            made = one.measured(self.meter("search validation"))
             cost, bare = _scored("neutral_cost", made).value, 0.0
             if self._in_format:
-                made = one.measured(self._meter("in_format validation"), "in_format")
+                made = one.measured(self.meter("in_format validation"), "in_format")
                 bare = _scored("in_format_cost", made).value
             cost, bare = (each if math.isfinite(each) else TOO_DEAR for each in (cost, bare))
             found = Evaluation(
@@ -380,18 +381,18 @@ class Task:
     def _undialled(self, contender: Contender) -> dict[str, Any]:
         """The plain model, or the model asked to."""
         asked = self.suite.instruction if contender.method == PROMPT_ONLY else ""
-        half = self._tested(Arm(contender.method, instruction=asked))
+        half = self.test(Arm(contender.method, instruction=asked))
         return {"tested": dict.fromkeys(self._halves, half)}
 
-    def _tested(self, arm: Arm) -> dict[str, Any]:
+    def test(self, arm: Arm) -> dict[str, Any]:
         """Figures of the test part: items by metric, costs, answers."""
         test = self.contrast.part("test")
-        made = control(arm.measured(self._meter("control test")), test)
-        made += arm.measured(self._meter("check test"))
+        made = control(arm.measured(self.meter("control test")), test)
+        made += arm.measured(self.meter("check test"))
         if self._in_format:
-            made += arm.measured(self._meter("in_format test"), "in_format")
+            made += arm.measured(self.meter("in_format test"), "in_format")
         if questions := self.suite.questions:
-            made += answered(arm.measured(self._meter("questions")), questions)
+            made += answered(arm.measured(self.meter("questions")), questions)
         most, sampling = self.protocol.answers, self.suite.sampling
         started = time.perf_counter()
         answers = arm.answers(self.backend, self.suite.prompts[:most], sampling)
@@ -424,7 +425,7 @@ ArmAt = Callable[[float], Arm]
 
 
 @dataclass(frozen=True)
-class _Fit:
+class Fit:
     """What was fitted: how it acts at a strength, where, its bytes, what the fit took, and the
     seconds of recording what it was fitted on; ``remove`` takes it out of the model."""
 
@@ -437,7 +438,7 @@ class _Fit:
     remove: Callable[[], None] = lambda: None
 
     @classmethod
-    def of_maps(cls, maps: Interventions, seconds: float, recording: float, peak: Peak) -> "_Fit":
+    def of_maps(cls, maps: Interventions, seconds: float, recording: float, peak: Peak) -> "Fit":
         """Maps, which never were in the model."""
 
         def arm(strength: float) -> Arm:

@@ -106,7 +106,7 @@ def choices(
     Each statement stands in one pair of a matching and another one, each pair in both orders.
     """
     items = []
-    for name, group, match, other in _pairs(source, test, seed):
+    for name, group, _, match, other in _pairs(source, {"test": test}, seed):
         for key, wrong, first, second in (("A", "B", match, other), ("B", "A", other, match)):
             prompt = f"{_EITHER}\n\n(A) {first}\n(B) {second}\n\nAnswer with A or B."
             items.append(Item(f"{name}-{key}", prompt, wrong, key, key, group, "test"))
@@ -114,13 +114,23 @@ def choices(
 
 
 def free_text(
-    source: str | Path, *, behaviour: str | None = None, test: int = 200, seed: int = 0
+    source: str | Path,
+    *,
+    behaviour: str | None = None,
+    train: int = 0,
+    validation: int = 0,
+    test: int = 200,
+    seed: int = 0,
 ) -> Contrast:
-    """Open questions, answered by a matching statement of the test part against another one."""
+    """Open questions, answered by a matching statement of a part against another one.
+
+    Sizes are of statements, of which two make an item; parts as of `contrast`.
+    """
     asked = suites.questions()["open"]
+    sizes = {"test": test, "validation": validation, "train": train}
     items = tuple(
-        Item(name, asked[n % len(asked)], other, match, None, group, "test")
-        for n, (name, group, match, other) in enumerate(_pairs(source, test, seed))
+        Item(name, asked[n % len(asked)], other, match, None, group, part)
+        for n, (name, group, part, match, other) in enumerate(_pairs(source, sizes, seed))
     )
     return Contrast(behaviour or _name(source), "open", items, _CITATION)
 
@@ -187,13 +197,20 @@ def _draw(source: str | Path, sizes: Mapping[str, int], seed: int) -> list[_Draw
     return sorted((one for group in drawn.values() for one in group), key=lambda one: one[0].id)
 
 
-def _pairs(source: str | Path, test: int, seed: int) -> list[tuple[str, str, str, str]]:
-    """Name, group, matching and other statement of the test part's pairs."""
-    drawn = _draw(source, {"test": test}, seed)
-    mixed = sorted(drawn, key=lambda row: _digest(seed, row[0].text))
-    yes, no = ([row for row in mixed if row[0].key == key] for key in ("Yes", "No"))
-    both = zip(yes, no, strict=False)
-    return [(f"{a.id}-{b.id}", f"{g}-{h}", a.text, b.text) for (a, _, g), (b, _, h) in both]
+def _pairs(
+    source: str | Path, sizes: Mapping[str, int], seed: int
+) -> list[tuple[str, str, str, str, str]]:
+    """Name, group, part, matching and other statement of the parts' pairs."""
+    mixed = sorted(_draw(source, sizes, seed), key=lambda row: _digest(seed, row[0].text))
+    found = []
+    for part in sizes:
+        own = [row for row in mixed if row[1] == part]
+        yes, no = ([row for row in own if row[0].key == key] for key in ("Yes", "No"))
+        found += [
+            (f"{a.id}-{b.id}", f"{g}-{h}", part, a.text, b.text)
+            for (a, _, g), (b, _, h) in zip(yes, no, strict=False)
+        ]
+    return found
 
 
 def _digest(*parts: object) -> str:
