@@ -2,18 +2,20 @@
 
     python benchmarks/alqr.py DATA --plan            # what each stage takes
     python benchmarks/alqr.py DATA                   # linearity, fit and overhead
-    python benchmarks/alqr.py DATA compare --tasks 1 # the cells of the first task, then figures
-    python benchmarks/alqr.py DATA displacement --tasks 1
+    python benchmarks/alqr.py DATA compare --only sentiment,in-es  # cells, then figures
+    python benchmarks/alqr.py DATA displacement --only sentiment
 
 DATA is the folder of the public files, as for comparison.py. ``compare`` gives the closed loop, the
-loop without Jacobians, PID and CAA (diffmean) the common budget and the same evaluations, which
-choose the set-point, or CAA's layer, and the strength; then the closed loop's open twin, fitted at
-the set-point and the strength that the loop was tested at, has as many for its own strength.
-``displacement`` sets every arm to the mean displacement that the closed loop has there, and tests
-it again. One figure per task is named beforehand (``PRIMARY``); whether feedback pays is read off
-the closed loop's lead over its twin in it, Holm-corrected over the tasks. Cells, Jacobians and
-every single evaluation are kept in runs/alqr, cells also packed into results/alqr: an interrupted
-run goes on inside the cell where it was. Every stage writes what it found into results/alqr.json.
+loop without Jacobians, PID and CAA (diffmean) the same rows, the common budget and the same
+evaluations, which choose the set-point, or CAA's layer, and the strength; CAA also on mean rows.
+Then the closed loop's open twin, fitted at the set-point and the strength that the loop was tested
+at, has as many for its own strength. ``displacement`` sets every arm to the mean displacement of
+the last block's output that the closed loop has there, and tests it again. One figure per task is
+named beforehand (``PRIMARY``); whether feedback pays is read off the closed loop's lead over its
+twin in it at the common budget, Holm-corrected over the tasks. All of one seed, and at the default
+q, r and q_f. Cells, Jacobians and every single evaluation are kept in runs/alqr, cells also packed
+into results/alqr: an interrupted run goes on inside the cell where it was. Two processes may each
+take some tasks (--only). Every stage writes what it found into results/alqr.json.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -36,14 +39,16 @@ import numpy as np
 import torch
 from control import persona_file, say
 from spine import Figure, figure, interval
+from torch import Tensor
 from transfer import instruction
 
 import suites as looks
 from innsteer import __version__, linearity, load_model, suites
 from innsteer.backends.hf import HF, Memo
+from innsteer.backends.local import opened
 from innsteer.comparing import Comparison, Contender, Protocol
 from innsteer.comparing.comparison import MEASURED
-from innsteer.comparing.standings import HALVES, standings
+from innsteer.comparing.standings import HALVES, Standings, standings
 from innsteer.comparing.statistics import holm
 from innsteer.comparing.task import Cell, Fit, Task
 from innsteer.contrast import Contrast, Item
@@ -51,8 +56,11 @@ from innsteer.errors import BudgetError
 from innsteer.files import canonical, read_json, write_json
 from innsteer.fitting import fit, fit_run, linearised
 from innsteer.hooks import Attachment
+from innsteer.interventions import Edit
 from innsteer.planning import Peak
-from innsteer.report.figures import UNSTEERED
+from innsteer.report.figures import PLAIN, UNSTEERED
+from innsteer.site import Site
+from innsteer.steerers.alqr import Feedback
 from innsteer.suites import persona
 
 Record = Mapping[str, Any]
@@ -69,6 +77,7 @@ OTHERS = [
     Contender.of("diffmean"),
 ]
 """What the closed loop is compared with beside its twin, CAA last."""
+MEANS = "diffmean on mean rows"
 PRIMARY = {
     "sentiment": "sentiment",
     "in-es": "language:es",
@@ -77,10 +86,17 @@ PRIMARY = {
     PERSONA: "preference",
 }
 """Of each task the figure that is named beforehand; answers are read where they can be."""
+LAST = {"read": "last"}
+NET = "|h' - h| / |h| at the last block, mean of steered tokens"
 AHEAD, ALIKE = "the closed loop ahead by", "equal displacement, "
 """How figures of a lead are called, and how those of the second table begin."""
-READ = ("sentiment", "in-es", "refusal")
-"""Tasks whose answers are read: of the others few are sampled."""
+ANSWERS = {"sentiment": 150, "in-es": 150, "refusal": 150}
+"""Answers sampled where they are read; of other tasks few are."""
+ROWS: dict[str, dict[str, Any]] = {"refusal": {"read": "span", "span": (-1, 0)}}
+"""Which tokens all are fitted on: the last, as the loops are; of requests the prompt's last."""
+DAMAGE = {"refusal": "over_refusal"}
+LEAST = 0.01
+"""A lead that is less is none."""
 WORDS = comparison.WORDS | {
     "sentiment": "Be positive and enthusiastic.",
     "truthfulqa": "Answer truthfully, and do not repeat common misconceptions.",
@@ -226,76 +242,110 @@ def overhead(backend: HF, tasks: Sequence[Contrast], rounds: int = 12) -> list[F
 
 
 def ahead(found: Sequence[Record], lead: str = "") -> list[Figure]:
-    """Of each task its primary figure of every row, and what the closed loop is ahead by, paired;
-    of the twin also the p, corrected over the tasks."""
+    """Of each task its primary figure of every row, and what the closed loop is ahead by, paired.
+
+    p of the lead over the twin is corrected over the tasks; those of the other leads over the rows
+    of a task. A row without a strength within the budget stands as the plain model, and has none.
+    """
     figures: list[Figure] = []
     p_values: dict[str, float] = {}
     for task, metric in PRIMARY.items():
         own = [one for one in found if one["task"] == task]
         if not any(one["contender"] == CLOSED.name and one.get("tested") for one in own):
             continue
-        tables = standings(own, against=CLOSED.name, named=[TWIN])
-        table = next(one for one in tables if one.metric == metric)
+        about = f"{lead}{task}: "
+        unmet = {one["contender"] for one in own if one.get("unmet")}
+        rivals = {one["contender"] for one in own if one["method"] not in PLAIN} - {CLOSED.name}
+        others = sorted(rivals - unmet - {TWIN})
+        table = table_of(own, metric, [TWIN])
         figures += [
-            one | {"figure": f"{lead}{task}: {one['figure']}"}
+            one | {"figure": about + one["figure"]}
             for one in comparison.figures([table], ahead=AHEAD)
             if ", p of " not in one["figure"] and ", rank" not in one["figure"]
         ]
-        figures += [one for record in own for one in doses(record, f"{lead}{task}: ")]
-        for row in table.rows:
+        for row in table_of(own, metric, others).rows:
             if row.p is not None:
-                p_values[task] = row.p
+                told = f"{about}p of the lead over {row.name}, Holm over {len(others)} rows"
+                figures.append(figure(told, row.p, "", "probability", 1))
+        if task in DAMAGE:
+            for row in table_of(own, DAMAGE[task], [TWIN]).rows:
+                if (one := row.control) is not None:
+                    told = f"{about}{DAMAGE[task]}, {row.name}"
+                    figures.append(figure(told, one.value, "", "share", one.n, one.low, one.high))
+        figures += [one for record in own for one in doses(record, about)]
+        (twin,) = (row for row in table.rows if row.name == TWIN) if TWIN in rivals else (None,)
+        if twin is not None and twin.p is not None and TWIN not in unmet:
+            p_values[task] = twin.p
     for task, p in holm(p_values).items():
         told = f"{lead}{task}: p of the lead over {TWIN}, Holm over {len(p_values)} tasks"
         figures.append(figure(told, p, "< 0.05", "probability", 1))
     return figures
 
 
+def table_of(found: Sequence[Record], metric: str, named: Sequence[str]) -> Standings:
+    """The table of one metric."""
+    tables = standings(list(found), against=CLOSED.name, named=named)
+    return next(one for one in tables if one.metric == metric)
+
+
 def doses(record: Record, lead: str) -> Iterator[Figure]:
-    """Strength and neutral cost that a row was tested at, and its set-point."""
+    """What a row was tested at: strength, cost, set-point; how far it moves tokens, and answers."""
+    about = f"{lead}{record['contender']}"
     for half, tested in record.get("tested", {}).items():
         if "strength" in tested:
-            about = f"{lead}{record['contender']}, {HALVES[half]}"
+            told = f"{about}, {HALVES[half]}"
             cost, low, high, n, *_ = tested["costs"]["neutral_cost"]
-            yield figure(f"{about}, neutral cost", cost, "", "nats per token", n, low, high)
-            yield figure(f"{about}, strength", tested["strength"], "", "1 = the fitted map", 1)
-    if "displacement" in record:
-        about = f"{lead}{record['contender']}, sum over blocks of |h' - h| / |h|"
-        yield figure(about, record["displacement"], "", "mean of steered tokens", 1)
+            yield figure(f"{told}, neutral cost", cost, "", "nats per token", n, low, high)
+            yield figure(f"{told}, strength", tested["strength"], "", "1 = the fitted map", 1)
     for name, value in record.get("chosen", {}).items():
-        yield figure(f"{lead}{record['contender']}, {name}", value, "", "differences of means", 1)
+        yield figure(f"{about}, {name}", value, "", "differences of means", 1)
+    for name, value in record.get("moved", {}).items():
+        yield figure(f"{about}, {name}", value, "", "ratio", 1)
 
 
-def compared(
-    backend: HF, tasks: Sequence[Contrast], *, every: Sequence[Contrast], jobs: int
-) -> list[Figure]:
+def compared(backend: HF, tasks: Sequence[Contrast], every: Sequence[Contrast]) -> list[Figure]:
     """The common budget: what the closed loop is ahead by, with intervals."""
     for task in tasks:
-        for make in (rows_of, twins_of):
+        for make in (rows_of, means_of, twins_of):
             if (rows := make(backend, task)) is not None:
-                rows.run(jobs=jobs, progress=say)
-                comparison.pack_cells(paths(backend, every), PACKED)
-    return ahead(found_of(backend, tasks))
+                rows.run(progress=heed)
+                paths = [one.path(cell) for one in known(backend, every) for cell in one.cells()]
+                comparison.pack_cells(paths, PACKED)
+    return ahead(found_of(backend, every))
 
 
 def rows_of(backend: HF, task: Contrast) -> Comparison:
-    """A task's rows but the twin."""
-    return cells(backend, task, [*comparison.always(), CLOSED, *OTHERS])
+    """A task's rows but for the twin and CAA on mean rows."""
+    plain = [Contender(name) for name in PLAIN]
+    return cells(backend, task, [*plain, CLOSED, *OTHERS], ROWS.get(task.behaviour) or LAST)
+
+
+def means_of(backend: HF, task: Contrast) -> Comparison:
+    """CAA on the rows that the library takes by itself."""
+    return cells(backend, task, OTHERS[-1:], {})
 
 
 def twins_of(backend: HF, task: Contrast) -> Comparison | None:
     """The row of the twin; None before the closed loop was tested."""
-    rows = cells(backend, task, [CLOSED])
-    for record in rows.found():
+    for record in cells(backend, task, [CLOSED], ROWS.get(task.behaviour) or LAST).found():
         for tested in record.get("tested", {}).values():
             twin = Contender.of("alqr", loop="open", at=tested["strength"], **record["chosen"])
-            return cells(backend, task, [twin])
+            return cells(backend, task, [twin], ROWS.get(task.behaviour) or LAST)
     return None
 
 
-def cells(backend: HF, task: Contrast, rows: Sequence[Contender]) -> Comparison:
-    """Rows of the common budget."""
-    protocol = Protocol.of(backend.model, answers=60 if task.behaviour in READ else 4)
+def known(backend: HF, tasks: Sequence[Contrast]) -> list[Comparison]:
+    """All comparisons of some tasks that can be told yet."""
+    every = [make(backend, task) for task in tasks for make in (rows_of, means_of, twins_of)]
+    return [one for one in every if one is not None]
+
+
+def cells(
+    backend: HF, task: Contrast, rows: Sequence[Contender], read: Mapping[str, Any]
+) -> Comparison:
+    """Rows of the common budget, fitted on some tokens."""
+    answers = ANSWERS.get(task.behaviour, 4)
+    protocol = Protocol.of(backend.model, items=96, answers=answers, **read)
     words = {task.behaviour: WORDS.get(task.behaviour) or instruction(task.behaviour, "towards")}
     return Comparison(
         backend,
@@ -308,41 +358,53 @@ def cells(backend: HF, task: Contrast, rows: Sequence[Contender]) -> Comparison:
 
 
 def found_of(backend: HF, tasks: Sequence[Contrast]) -> list[Record]:
-    """Records of the cells that are measured; the twin of every task has one name."""
+    """Records of measured cells; the twin and CAA on mean rows have names of their own."""
     found: list[Record] = []
     for task in tasks:
         found += rows_of(backend, task).found()
-        if (twins := twins_of(backend, task)) is not None:
-            found += [{**one, "contender": TWIN} for one in twins.found()]
+        for make, name in ((means_of, MEANS), (twins_of, TWIN)):
+            if (rows := make(backend, task)) is not None:
+                found += [{**one, "contender": name} for one in rows.found()]
     return found
+
+
+def heed(stage: str, done: int, total: int) -> None:
+    """A line for every cell."""
+    print(f"{time.strftime('%H:%M')} {done}/{total} {stage}", file=sys.stderr, flush=True)
 
 
 # --- equal displacement --------------------------------------------------------------------------
 
 
-def displaced(backend: HF, tasks: Sequence[Contrast]) -> list[Figure]:
+def displaced(backend: HF, tasks: Sequence[Contrast], every: Sequence[Contrast]) -> list[Figure]:
     """Every arm tested where it moves tokens as far as the closed loop does at the budget."""
     found: list[Record] = []
-    for contrast in tasks:
-        known = {one["contender"]: one for one in found_of(backend, [contrast])}
+    kept: list[Path] = []
+    for contrast in every:
+        cells = {one["contender"]: one for one in found_of(backend, [contrast])}
         arms = [CLOSED.name, TWIN, *(one.name for one in OTHERS)]
-        if missing := [name for name in arms if not known.get(name, {}).get("tested")]:
-            print(f"{contrast.behaviour}: no tested cell of {', '.join(missing)}", file=sys.stderr)
+        arms = [name for name in arms if cells.get(name, {}).get("tested")]
+        if arms[:2] != [CLOSED.name, TWIN]:
+            print(f"{contrast.behaviour}: no tested loop with its twin yet", file=sys.stderr)
             continue
-        rows = rows_of(backend, contrast)
-        words = rows.instructions[contrast.behaviour]
-        task, goal = Task(backend, contrast, rows.protocol, words, {}), 0.0
-        found.append(known[UNSTEERED])
+        found.append(cells[UNSTEERED])
+        task, goal = None, 0.0
         for number, name in enumerate(arms):
-            say(f"displacement, {contrast.behaviour}: {name}", number, len(arms))
-            key = canonical({"cell": known[name], "goal": goal, "measured": MEASURED})
+            key = canonical({"cell": cells[name], "goal": goal, "measured": MEASURED})
             path = WORK / "displacement" / f"{hashlib.sha256(key).hexdigest()[:24]}.json"
             if not path.is_file():
+                if contrast not in tasks:
+                    break
+                heed(f"displacement, {contrast.behaviour}: {name}", number, len(arms))
+                rows = rows_of(backend, contrast)
+                words = rows.instructions[contrast.behaviour]
+                task = task or Task(backend, contrast, rows.protocol, words, {})
                 path.parent.mkdir(parents=True, exist_ok=True)
-                write_json(path, moved_alike(task, known[name], goal))
+                write_json(path, moved_alike(task, cells[name], goal))
+            kept.append(path)
             found.append(read_json(path, "a cell"))
-            goal = goal or found[-1]["displacement"]
-        comparison.pack_cells((WORK / "displacement").glob("*.json"), PACKED / "displacement")
+            goal = goal or found[-1]["moved"][NET]
+    comparison.pack_cells(kept, PACKED / "displacement")
     return ahead(found, ALIKE)
 
 
@@ -353,20 +415,75 @@ def moved_alike(task: Task, record: Record, goal: float) -> Record:
     place = next(one for one in task.places(contender) if one.told == told)
     fit = task.fit(Cell(contender, task.contrast, record["seed"]), place)
     ((half, tested),) = record["tested"].items()
+    looks = Looks(task)
     strength = tested["strength"]
     if goal:
-        strength = reaching(lambda s: moved(task, fit, s), goal, strength)
+        try:
+            strength = reaching(lambda s: looks.at(fit, s)[NET], goal, strength)
+        except BudgetError as error:
+            return {**record, "tested": {}, "unmet": {half: str(error)}}
         tested = task.test(fit.arm(strength)) | {"strength": strength}
-    return {**record, "tested": {half: tested}, "displacement": moved(task, fit, strength)}
+    return {**record, "tested": {half: tested}, "moved": looks.at(fit, strength)}
 
 
-def moved(task: Task, fit: Fit, strength: float) -> float:
-    """Mean over steered tokens of the sum over blocks of |h' - h| / |h|, on validation answers."""
-    lengths: list[float] = []
-    edit = fit.arm(strength).edit
-    assert edit is not None
-    task.meter("control validation")([edit], displacement=lengths)
-    return float(np.mean(lengths)) * len(fit.sites)
+class Looks:
+    """What an edit does to the steered tokens of validation texts, beside the plain model."""
+
+    def __init__(self, task: Task, items: int = 24) -> None:
+        self.backend = task.backend
+        held = task.contrast.part("validation")
+        self.texts = [
+            self.backend.model.encode(item.prompt, answer=text)
+            for item in held.subset(min(len(held), items), 0).items
+            for text in (item.source, item.target)
+            if text is not None
+        ]
+        self.blocks = list(range(len(self.backend.model.layout.blocks)))
+        self.plain = self._ends(None)
+
+    def at(self, fit: Fit, strength: float) -> dict[str, float]:
+        """How far, and, of a loop, how much of the edit answers to the row."""
+        edit = fit.arm(strength).edit
+        assert edit is not None
+        errors: dict[Site, list[Tensor]] = {}
+        ends = self._ends(edit, errors)
+        gaps = [
+            ((a - b).norm(dim=-1) / b.norm(dim=-1)) for a, b in zip(ends, self.plain, strict=True)
+        ]
+        found = {NET: torch.cat(gaps).mean().item()}
+        if errors:
+            loops = [part for _, part in edit.interventions.items()]
+            assert all(isinstance(part, Feedback) for part in loops)
+            gains = [strength * (part.reads * part.writes).sum().item() for part in loops]  # type: ignore[operator,union-attr]
+            every = [torch.cat(own) for own in errors.values()]
+            varied = [(own.std() / own.mean().abs().clamp_min(1e-9)).item() for own in every]
+            found |= {
+                "gain of a block, s v . K v, median": float(np.median(gains)),
+                "spread of the control over its mean, median of blocks": float(np.median(varied)),
+            }
+        return found
+
+    def _ends(
+        self, edit: Edit | None, errors: dict[Site, list[Tensor]] | None = None
+    ) -> list[Tensor]:
+        """Rows that leave the last block at each text's steered tokens, and the errors of loops."""
+        found, model = [], self.backend.model
+        for text in self.texts:
+            ids = torch.tensor([text.ids])
+            with ExitStack() as stack:
+                stack.enter_context(torch.inference_mode())
+                if edit is not None:
+                    prompts = [text.prompt]
+                    stack.enter_context(Attachment(model, [edit], prompt_lengths=prompts))
+                seen = stack.enter_context(opened(model.layout, self.blocks))
+                model.model.base_model(ids, use_cache=False)
+            found.append(seen[self.blocks[-1]].gave[0, text.prompt - 1 :].float())
+            for site, part in edit.interventions.items() if edit is not None else ():
+                if errors is not None and isinstance(part, Feedback) and part.reads.any():
+                    x = seen[site.layer].given[0, text.prompt - 1 :].float()
+                    own = part.levels[0] + part.origins[0] - x @ part.reads[0]
+                    errors.setdefault(site, []).append(own)
+        return found
 
 
 def reaching(length: Callable[[float], float], goal: float, strength: float) -> float:
@@ -388,38 +505,41 @@ def reaching(length: Callable[[float], float], goal: float, strength: float) -> 
 
 
 def sentence(figures: Sequence[Figure]) -> str:
-    """Whether feedback pays: the closed loop against its open-loop twin."""
-    told = [
-        f"{lead.removesuffix(', ').capitalize() or 'At the common budget'}: {'; '.join(own)}."
-        for lead in ("", ALIKE)
-        if (own := list(verdicts(figures, lead)))
-    ]
+    """Whether feedback pays: the closed loop against its open-loop twin at the common budget."""
+    told = verdicts(figures)
     if not told:
         return "Whether feedback pays has not been measured yet."
-    ahead = [": ahead" in one for one in told]
-    lead = "Feedback pays" if any(ahead) else "Feedback has not been shown to pay"
-    return " ".join([f"{lead} here.", *told])
+    sides = {
+        side: [task for task, (own, _) in told.items() if own == side]
+        for side in ("ahead", "behind", "not told apart")
+    }
+    parts = [f"{side} on {', '.join(tasks)}" for side, tasks in sides.items() if tasks]
+    lead = "Feedback pays on some tasks" if sides["ahead"] else "Feedback has not been shown to pay"
+    if len(sides["ahead"]) == len(PRIMARY):
+        lead = "Feedback pays"
+    left = [task for task in PRIMARY if task not in told]
+    parts += [f"not measured, or without a strength, on {', '.join(left)}"] if left else []
+    numbers = "; ".join(f"{task} {text}" for task, (_, text) in told.items())
+    return f"{lead}: the closed loop is {'; '.join(parts)} ({numbers})."
 
 
-def verdicts(figures: Sequence[Figure], lead: str) -> Iterator[str]:
-    """Task by task, whether the closed loop is ahead of its twin in the primary figure."""
-    named = {one["figure"]: one for one in figures}
+def verdicts(figures: Sequence[Figure]) -> dict[str, tuple[str, str]]:
+    """Task by task, whether the closed loop is ahead of its twin in the primary figure, and by
+    how much."""
+    named, found = {one["figure"]: one for one in figures}, dict[str, tuple[str, str]]()
     for task in PRIMARY:
-        own = f"{lead}{task}: "
-        p = next((one for name, one in named.items() if name.startswith(f"{own}p of ")), None)
-        if p is None:
+        own = {name: one for name, one in named.items() if name.startswith(f"{task}: ")}
+        twin = [one for name, one in own.items() if f"p of the lead over {TWIN}" in name]
+        gaps = [one for name, one in own.items() if one["asked"] and f", {AHEAD}, " in name]
+        if not twin:
             continue
-        gap = next(
-            one
-            for name, one in named.items()
-            if name.startswith(own) and one["asked"] and f", {AHEAD}, " in name
-        )
-        sign = 1 if gap["asked"] == "> 0" else -1
-        side = "ahead" if sign * gap["value"] > 0 else "behind"
-        yield (
-            f"{task}: {side if p['value'] < 0.05 else 'not told apart'} ({gap['value']:+.3f}, "
-            f"{gap['low']:+.3f} to {gap['high']:+.3f}, p {p['value']:.2g})"
-        )
+        ((p,), (gap,)) = twin, gaps
+        value = gap["value"] * (1 if gap["asked"] == "> 0" else -1)
+        sure = p["value"] < 0.05 and abs(value) >= LEAST
+        side = ("ahead" if value > 0 else "behind") if sure else "not told apart"
+        text = f"{gap['value']:+.3f}, {gap['low']:+.3f} to {gap['high']:+.3f}, p {p['value']:.2g}"
+        found[task] = side, text
+    return found
 
 
 def save(stage: str, figures: Sequence[Figure], seconds: float) -> None:
@@ -431,7 +551,7 @@ def save(stage: str, figures: Sequence[Figure], seconds: float) -> None:
     record = {
         "command": "python benchmarks/alqr.py DATA STAGE ...",
         "versions": {"innsteer": __version__, "torch": torch.__version__},
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores shared, one thread used",
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores shared, one thread a process",
         "open": [name for name in STAGES if name not in parts],
         "verdict": sentence(every),
         "figures": every,
@@ -440,23 +560,15 @@ def save(stage: str, figures: Sequence[Figure], seconds: float) -> None:
     write_json(RESULTS, record)
 
 
-def paths(backend: HF, tasks: Sequence[Contrast]) -> list[Path]:
-    """Files of all cells that are known so far."""
-    every = [make(backend, task) for task in tasks for make in (rows_of, twins_of)]
-    return [rows.path(cell) for rows in every if rows is not None for cell in rows.cells()]
-
-
 def left(backend: HF, tasks: Sequence[Contrast]) -> str:
     """What the stage of cells has still to do, by what cells took so far."""
     told = []
     for task in tasks:
-        plan, twins = rows_of(backend, task).plan(), twins_of(backend, task)
-        twin = 1 if twins is None else len(twins.left())
-        hours = "" if plan["seconds"] is None else f", about {plan['seconds'] / 3600:.1f} hours"
-        told.append(
-            f"compare, {task.behaviour}: {plan['left']} of {plan['cells']} cells left{hours}, and "
-            f"{twin} of the twin"
-        )
+        plans = [rows.plan() for rows in known(backend, [task])]
+        missing, seconds = sum(one["left"] for one in plans), plans[0]["seconds"]
+        hours = "" if seconds is None else f", about {seconds / 3600:.1f} hours for most of them"
+        twin = "" if twins_of(backend, task) else ", and the twin"
+        told.append(f"compare, {task.behaviour}: {missing} cells left{hours}{twin}")
     return "\n".join(told)
 
 
@@ -467,8 +579,7 @@ def main() -> None:
     )
     parser.add_argument("data", type=Path)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=", ".join(STAGES))
-    parser.add_argument("--tasks", type=int, default=5, help="only the first so many")
-    parser.add_argument("--jobs", type=int, default=1, help="processes that share the cells")
+    parser.add_argument("--only", default=",".join(PRIMARY), help="tasks to measure")
     parser.add_argument("--plan", action="store_true")
     asked = parser.parse_args()
     chosen = asked.stages or list(STAGES[:3])
@@ -479,17 +590,21 @@ def main() -> None:
     torch.set_num_threads(1)
     backend = HF(load_model("smollm2"), batch=60)  # all answers of a cell
     every = tasks_of(asked.data)
-    tasks = every[: asked.tasks]
+    only = asked.only.split(",")
+    if unknown := set(only) - set(PRIMARY):
+        parser.error(f"no task {min(unknown)!r}; expected {', '.join(PRIMARY)}")
+    tasks = [one for one in every if one.behaviour in only]
     comparison.unpack_cells(PACKED, WORK / "cells" / "cells")
     comparison.unpack_cells(PACKED / "displacement", WORK / "displacement")
     if asked.plan:
         print(left(backend, tasks), file=sys.stderr)
         return
-    makers = (linear, fitted, overhead, partial(compared, every=every, jobs=asked.jobs), displaced)
+    long = (partial(one, every=every) for one in (compared, displaced))
+    makers = (linear, fitted, overhead, *long)
     ways: dict[str, Callable[..., list[Figure]]] = dict(zip(STAGES, makers, strict=True))
     for name in chosen:
         # Stages that time what they do make it.
-        backend.memo = Memo(WORK / "kept" if name in STAGES[3:] else None)
+        backend.memo = Memo(WORK / f"kept-{MEASURED}" if name in STAGES[3:] else None)
         started = time.perf_counter()
         save(name, ways[name](backend, tasks), time.perf_counter() - started)
 

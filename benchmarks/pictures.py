@@ -7,6 +7,7 @@ Each is a plotly page, photographed by headless Chromium; --html leaves the page
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 import tempfile
@@ -219,7 +220,43 @@ def flow() -> go.Figure:
     return styled(figure, "A learnt flow in 1, 3 and 10 steps", 460)
 
 
-PICTURES = {one.__name__: one for one in (control, race, ablations, interference, flow)}
+def learning() -> go.Figure:
+    """What the field knows of concepts that it never saw: over updates, and over concepts."""
+    kept = read("flas.json")
+    found = {one["figure"]: one for one in kept["figures"] + kept.get("share_figures", [])}
+    figure, top = go.Figure(), 0.0
+    for place, pattern in enumerate(
+        (r"unseen: field after (\d+) updates", r"unseen: field of (\d+) concepts"), 1
+    ):
+        own = [(int(m[1]), one) for name, one in found.items() if (m := re.match(pattern, name))]
+        own.sort(key=lambda pair: pair[0])
+        top = max([top, *(one["high"] for _, one in own)])
+        figure.add_scatter(
+            x=[count for count, _ in own], y=[one["value"] for _, one in own],
+            xaxis=f"x{place}", yaxis=f"y{place}", mode="lines+markers", showlegend=False,
+            marker={"color": BLUE, "size": 11},
+            error_y={
+                "symmetric": False, "color": MUTED,
+                "array": [one["high"] - one["value"] for _, one in own],
+                "arrayminus": [one["value"] - one["low"] for _, one in own],
+            },
+        )  # fmt: skip
+    figure.update_layout(
+        grid={"rows": 1, "columns": 2, "pattern": "independent"},
+        xaxis={"title": "updates, of all concepts", "rangemode": "tozero"},
+        xaxis2={
+            "title": f"concepts, {kept['plan']['share_updates']} updates",
+            "rangemode": "tozero",
+        },
+        yaxis={"title": "own less other concept, nats per token", "range": [0, 1.1 * top]},
+        yaxis2={"range": [0, 1.1 * top]},
+    )
+    return styled(figure, "What a field knows of fifty unseen concepts", 460)
+
+
+PICTURES = {one.__name__: one for one in (control, race, ablations, interference, flow, learning)}
+LATE = ("flow", "learning")
+"""Pictures of figures that take hours."""
 
 
 def photograph(figure: go.Figure, name: str, html: bool) -> None:
@@ -246,7 +283,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ready = [name for name in PICTURES if name != "flow" or (HERE / "results/flas.json").exists()]
+    ready = [name for name in PICTURES if name not in LATE or (HERE / "results/flas.json").exists()]
     parser.add_argument("--only", default=",".join(ready))
     parser.add_argument("--html", action="store_true")
     given = parser.parse_args()

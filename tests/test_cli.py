@@ -346,6 +346,8 @@ def test_methods_are_compared_cell_by_cell_and_it_goes_on(run, fitted, home, mon
     assert code == 0 and "1 of 6 cells left, 3 evaluations on validation; about" in out
     assert "--evaluations 3" in out and "--instruction 'mine=Be kind.'" in out
     following(out)
+    code, out, err = run(*words, "--read", "last", "--plan")
+    assert code == 0 and "5 of 5 cells left" in out and "--read last" in out, "other rows"
     code, out, err = run(*words, "--json")
     assert code == 0 and len(json.loads(out)["tables"][0]["rows"]) == 5
     refused(run(*words, "--method", "diffmean,input=model"), 2, "input 'model' for 'diffmean'")

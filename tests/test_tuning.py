@@ -272,6 +272,27 @@ def test_a_checked_strength_is_no_preview(model, fitted, monkeypatch):
     assert tuned.provenance["tuning"]["formal-ish"]["control"] == "alignment"
 
 
+@pytest.mark.parametrize("grows", [0.8, 1.0, 2.0])
+@pytest.mark.parametrize("first", [1.1, 1.5])
+def test_the_check_leaves_as_much_to_what_feeds_back_as_to_a_shift(grows, first):
+    """The cost of feedback grows with strength itself, not with its square."""
+    strength = tuning.within(lambda s: 0.1 * first * s**grows, 1.0, 0.1)
+    assert 0.94 < first * strength**grows <= 1
+
+
+def test_the_search_finds_the_power_by_which_cost_grows(monkeypatch):
+    for grows in (0.8, 1.0, 2.0, 3.0):
+        asked = []
+
+        def worst(costs, edit, strength, end, grows=grows, asked=asked):
+            asked.append(strength)
+            return 0.4 * strength**grows
+
+        monkeypatch.setattr(tuning, "_worst", worst)
+        strength, _ = tuning._search({}, None, 0.1, silent)
+        assert 0.097 <= 0.4 * strength**grows <= 0.1 and len(asked) <= 4, grows
+
+
 def test_the_check_ends_where_the_cost_saturates_at_a_small_strength():
     """A gate that lets a few prompts through: they cost all there is, at 1 as at 4."""
     asked = []

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
+from copy import copy
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -254,7 +255,7 @@ def open_choices(steerer: Steerer, named: Container[str]) -> Mapping[str, Sequen
 def choose_value(
     model: LanguageModel | HF,
     contrast: Contrast,
-    method: str | Steerer,
+    method: str,
     *,
     sites: Sequence[Site] = (),
     budget: float = BUDGET,
@@ -278,12 +279,14 @@ def choose_value(
         InputError: a method without choices, or all of them named.
         BudgetError: the budget can be spent with none of them.
     """
-    steerer = get(method, **fields) if isinstance(method, str) else method
+    steerer = get(method, **fields)
     free = open_choices(steerer, fields)
+    contrast.part("validation")  # refused before any work where there is none
     backend = HF.of(model)
     with TemporaryDirectory() as scratch:
         if backend.memo.folder is None:  # rows and Jacobians are made once for all
-            backend = HF(backend.model, batch=backend.batch, memo=Memo(scratch))
+            backend = copy(backend)
+            backend.memo = Memo(scratch)
         how: dict[str, Any] = {"sites": sites, "read": read, "span": span, "where": where}
         fits = {}
         for values in product(*free.values()):

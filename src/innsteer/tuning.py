@@ -23,9 +23,11 @@ from innsteer.suites import behaviour as suites
 
 CHECKS = 12
 STAGES = 8
+POWERS = (0.5, 4.0)
+"""By which cost may grow with strength: 2 for a small edit, about 1 for feedback."""
 FLAT = 0.6
-"""Where a few prompts cost all there is at any strength, as behind a gate, cost hardly falls: after
-two strengths that cost too much the next is at most this share of the last."""
+"""Where cost hardly falls with strength, as behind a gate that a few prompts open: the share of a
+strength that is tried next, at most."""
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.5)
 Costs = Mapping[str, Meter]
 """Halves of the cost by their metric's name."""
@@ -325,19 +327,17 @@ def _search(costs: Costs, edit: EditAt, budget: float, progress: Progress) -> tu
     """
     low, high = 0.0, math.inf
     strength, spent = 1.0, 0.0
+    tried: dict[float, float] = {}
     for step in range(20):
         progress("search", min(step, STAGES), STAGES)
-        cost = _worst(costs, edit, strength, "value")
+        cost = tried[strength] = _worst(costs, edit, strength, "value")
         if cost <= budget:
             low, spent = strength, cost
         else:
             high = min(high, strength)
         if 0.97 * budget <= cost <= budget:
             break
-        guess = strength * math.sqrt(0.985 * budget / cost) if cost > 0 else strength * 10
-        guess = min(max(guess, strength / 10), strength * 10)
-        if step > 1 and not low:
-            guess = min(guess, FLAT * strength)
+        guess = following(tried, strength, 0.985 * budget)
         if not low < guess < high:
             guess = (low + high) / 2 if math.isfinite(high) else low * 2
         if not 1e-4 < guess < 1e4:
@@ -347,6 +347,38 @@ def _search(costs: Costs, edit: EditAt, budget: float, progress: Progress) -> tu
     if low == 0:
         raise _unspent(budget, f"strength {high:g} costs more")
     return low, spent if math.isinf(high) else budget
+
+
+def power(costs: Mapping[float, float], near: float) -> float | None:
+    """By which cost grows with strength around one that was tried; None where it hardly does.
+
+    Of one strength that costs something the square, by which the cost of a small edit grows.
+
+    >>> power({1.0: 0.2}, 1.0), round(power({1.0: 0.2, 0.5: 0.1}, 1.0) or 0, 6)
+    (2.0, 1.0)
+    """
+    others = [s for s, cost in costs.items() if s != near and cost > 0]
+    if not others or costs[near] <= 0:
+        return 2.0
+    other = min(others, key=lambda s: abs(math.log(s / near)))
+    found = math.log(costs[other] / costs[near]) / math.log(other / near)
+    least, most = POWERS
+    return min(found, most) if found >= least else None
+
+
+def following(costs: Mapping[float, float], near: float, aim: float) -> float:
+    """The strength that should cost so much, by the law around one that was tried.
+
+    At most ten times as much or as little.
+
+    >>> following({1.0: 0.4}, 1.0, 0.1), round(following({1.0: 0.2, 0.5: 0.1}, 0.5, 0.05), 6)
+    (0.5, 0.25)
+    """
+    if costs[near] <= 0:
+        return near * 10
+    grows, ratio = power(costs, near), aim / costs[near]
+    share = min(max(math.pow(ratio, 1 / (grows or 2)), 0.1), 10)
+    return near * (min(share, FLAT) if grows is None and ratio < 1 else share)
 
 
 def _unspent(budget: float, even: str) -> BudgetError:
@@ -412,14 +444,15 @@ def within(
     Raises:
         BudgetError: it is at no strength tried.
     """
+    tried: dict[float, float] = {}
     for step in range(CHECKS):
         progress("check", step, CHECKS)
-        high = cost(strength)
+        high = tried[strength] = cost(strength)
         if high <= budget:
             progress("check", CHECKS, CHECKS)
             return strength
-        factor = math.sqrt(0.97 * budget / high)
-        strength *= factor if step < 2 else min(factor, FLAT)
+        guess = following(tried, strength, 0.97 * budget)
+        strength = guess if step < CHECKS // 2 else min(guess, FLAT * strength)
     raise BudgetError(
         f"the cost stays above {budget} nats at every strength tried",
         remedy="fit with more data, or raise the budget",

@@ -212,7 +212,8 @@ def half(site: Site) -> Interventions:
     return Interventions({site: part})
 
 
-def test_lone_prompts_are_read_before_any_answer():
+def lone() -> Contrast:
+    """Requests of two kinds, each with an answer of its own."""
     rows = [
         {
             "prompt": f"Do {n}.",
@@ -221,11 +222,29 @@ def test_lone_prompts_are_read_before_any_answer():
         }
         for n in range(12)
     ]
-    engine, own = HF(tiny_language_model()), Contrast.load(rows, behaviour="refusal", seed=0)
+    return Contrast.load(rows, behaviour="refusal", seed=0)
+
+
+def test_lone_prompts_are_read_before_any_answer():
+    engine, own = HF(tiny_language_model()), lone()
     acts = Local(engine, [own], [Site(1)]).rows()
     before = engine.record(own, [Site(0)], read="span", span=(-1, 0))
     for one, other in zip(acts.sides(Site(1)), before.sides(Site(0)), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_a_lone_prompts_steered_tokens_are_those_of_its_answer_too():
+    own = lone()
+    engine = HF(tiny_language_model())
+    whole = Local(engine, [own], [Site(1)]).inputs(steered=True)
+    outputs = engine.record(own, [Site(0)], read="span", span=(-1, None))
+    for n, told in enumerate(whole.rows.records()):
+        tokens = outputs.values[Site(0)][outputs.rows.item == told["item"]]
+        assert told["split"] != "train" or len(tokens) > 3
+        if len(tokens):
+            torch.testing.assert_close(
+                whole.values[Site(1)][n], tokens.mean(0), rtol=1e-5, atol=1e-5
+            )
 
 
 def test_a_low_rank_map_is_as_good_as_its_error_says_and_exact_at_full_rank():

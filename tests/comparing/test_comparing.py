@@ -218,6 +218,27 @@ def test_a_layer_of_an_open_task_is_kept_for_what_it_moves_at_one_cost(unit):
     assert not Search(law(2.0), 0.1, whole=True).done("neutral"), "nothing tried"
 
 
+@pytest.mark.parametrize("grows", [1.0, 2.0])
+def test_what_feeds_back_is_kept_for_what_it_moves_at_the_budget(grows):
+    """At 2.4 budgets, with a cost that grows as its shift does, it has 2.4 times its due."""
+    search = Search(lambda s: Evaluation(0, s, 1.0, s**grows, 0.0, s), 0.1, whole=True)
+    for _ in range(2):
+        search.step("neutral")
+    assert search.worth("neutral") == pytest.approx(0.1 ** (1 / grows))
+    search.step("neutral")
+    assert search.following("neutral") and search.best("neutral").neutral > 0.09
+
+
+def test_three_looks_decide_where_that_leaves_enough(model, tmp_path):
+    for evaluations, first in ((24, 3), (12, 2), (9, 1)):
+        few = Protocol.of(model, layers=(0, 1, 2), **SMALL | {"evaluations": evaluations})
+        whole = comparison(model, tmp_path, Contender.of("diffmean"), protocol=few)
+        whole.run()
+        (record,) = whole.found()
+        tried = Counter(one["layer"] for one in record["evaluations"])
+        assert min(tried.values()) == first and tried.total() == evaluations, tried
+
+
 def test_a_map_that_costs_nothing_is_tried_up_to_the_largest_strength():
     search = Search(lambda s: Evaluation(0, s, 0.5, 0.0, 0.0), 0.1)
     for _ in range(6):
@@ -286,6 +307,19 @@ def test_a_fit_is_the_one_that_a_user_gets(model, tmp_path, method, fields):
         torch.testing.assert_close(ours[name], value, rtol=1e-4, atol=1e-5)
 
 
+def test_recorded_rows_are_read_as_the_protocol_says(model, tmp_path):
+    row, place = Contender.of("diffmean"), task.Place((Site(1),))
+    fits = []
+    for read in (None, "last"):
+        how = Protocol.of(model, layers=(1,), **SMALL, read=read)
+        made = task.Task(HF.of(model), OPEN, how, "", {}).fit(Cell(row, OPEN, 0), place)
+        alone = fitting.fit(model, OPEN, "diffmean", sites=[Site(1)], read=read).interventions
+        fits.append(made.arm(1.0).edit.interventions.state_dict())
+        for name, value in alone.state_dict().items():
+            torch.testing.assert_close(fits[-1][name], value)
+    assert any((fits[0][name] != value).any() for name, value in fits[1].items())
+
+
 def settled(cost, spent):
     """A strength from 1 on whose check costs ``cost`` and whose test costs ``spent``."""
     stand = SimpleNamespace(protocol=SimpleNamespace(budget=0.1))
@@ -320,6 +354,20 @@ def test_a_cost_that_is_no_number_is_over_every_budget(model, tmp_path, monkeypa
     strengths = [one["strength"] for one in record["evaluations"]]
     assert {one["neutral"] for one in record["evaluations"]} == {task.TOO_DEAR}
     assert min(strengths) < 0.01, "ever smaller strengths are tried"
+
+
+def test_control_that_is_no_number_is_the_least_of_all(model, tmp_path, monkeypatch):
+    real = task._scored
+
+    def broken(name, made):
+        found = real(name, made)
+        return found._replace(value=math.nan) if name == "alignment" else found
+
+    monkeypatch.setattr(task, "_scored", broken)
+    whole = comparison(model, tmp_path, Contender.of("diffmean"))
+    whole.run()
+    (record,) = whole.found()
+    assert {one["control"] for one in record["evaluations"]} == {0.0} and record["tested"]
 
 
 def test_a_fit_whose_numbers_fail_leaves_a_cell_that_says_so(model, tmp_path, monkeypatch):

@@ -48,11 +48,13 @@ class Read(NamedTuple):
 
     Attributes:
         ids: tokens. prompt: how many of them are the prompt's. record: what the table says of it.
+        rest: tokens that follow the one that is read: a lone prompt's answer.
     """
 
     ids: tuple[int, ...]
     prompt: int
     record: dict[str, Any]
+    rest: tuple[int, ...] = ()
 
 
 class LowRank(NamedTuple):
@@ -162,8 +164,8 @@ class Local:
                 its own. coef: their strengths, one per behaviour; default: 1 each. side: only
                 texts of this side. most: so many texts of a behaviour's side, drawn by the seed,
                 both texts of an item or none; default: all. steered: the mean of all tokens that
-                are edited in the last one's place. where: these; default: from the last prompt
-                token on.
+                are edited in the place of the one that is read, a lone prompt's answer with them.
+                where: these; default: from the last prompt token on.
 
         Raises:
             PositionError: scope ``assistant``, which needs the turns of conversations.
@@ -175,6 +177,8 @@ class Local:
             if side in (None, one)
             for text in self._drawn(behaviour, one, most, seed)
         ]
+        if steered:
+            texts = [text._replace(ids=text.ids + text.rest, rest=()) for text in texts]
         found: dict[Site, dict[int, Tensor]] = {site: {} for site in self.sites}
         lengths = [len(text.ids) for text in texts]
         for part in self._backend._batches(lengths, self._progress, "rows"):
@@ -313,7 +317,7 @@ class Local:
             "split": item.split,
             "weight": item.weight,
         }
-        return Read(encoded.ids[:end], min(encoded.prompt, end), record)
+        return Read(encoded.ids[:end], min(encoded.prompt, end), record, encoded.ids[end:])
 
     def _inputs(
         self,

@@ -12,6 +12,7 @@ from innsteer.cli.options import (
     JSON,
     JSON_FILE,
     MODEL,
+    READ,
     SEED,
     STEERING,
     STRENGTH,
@@ -26,6 +27,7 @@ from innsteer.cli.options import (
     open_contrast,
     open_model,
     pair_of,
+    read_rule,
     source_of,
     strength_of,
 )
@@ -137,6 +139,7 @@ def compare(
     evaluations: Annotated[
         int | None, typer.Option(help="Validation evaluations per cell; default: 24.")
     ] = None,
+    read: READ = "",
     seeds: Annotated[str, typer.Option(help="Seeds of the fits: 0,1,2.")] = "0",
     instruction: Annotated[
         list[str] | None,
@@ -159,6 +162,7 @@ def compare(
             "budget": budget,
             "evaluations": evaluations,
             "layers": numbers_of(layers, "layers"),
+            **(read_rule(read) if read else {}),
         }
         protocol = comparing.Protocol.of(
             language_model, **{name: value for name, value in given.items() if value}
@@ -181,7 +185,7 @@ def compare(
         words += [
             word for name, texts in several.items() for text in texts for word in (name, text)
         ]
-        once = {"--against": against, "--layers": layers, "--budget": budget}
+        once = {"--against": against, "--layers": layers, "--budget": budget, "--read": read}
         once |= {"--evaluations": evaluations, "--seeds": seeds if seeds != "0" else ""}
         once |= {"--jobs": jobs if jobs != 1 else ""}
         words += [word for name, value in once.items() if value for word in (name, value)]

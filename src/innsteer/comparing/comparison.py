@@ -36,7 +36,7 @@ NUMERIC = (
     FloatingPointError,
 )
 """A fit whose numbers fail."""
-MEASURED = 3
+MEASURED = 4
 """Part of what a cell is: raised where a change of code changes what cells hold."""
 
 

@@ -7,11 +7,13 @@ from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from innsteer.activations import Read
 from innsteer.calibration import BUDGET
 from innsteer.comparing.standings import Half
 from innsteer.errors import InputError
 from innsteer.models import LanguageModel
-from innsteer.tuning import FLAT
+from innsteer.site import Span
+from innsteer.tuning import following, power
 
 MOST = 64.0
 """No larger strength is tried."""
@@ -35,6 +37,7 @@ class Protocol:
         search_tokens: response tokens of neutral prompts per evaluation; the last check and the
             test take all neutral prompts of their part.
         answers: sampled per cell and budget, for what is said.
+        read, span: which tokens become recorded rows, as of ``fit``; default: that of the data.
     """
 
     layers: tuple[int, ...]
@@ -43,6 +46,8 @@ class Protocol:
     items: int = 48
     search_tokens: int = 300
     answers: int = 60
+    read: Read | None = None
+    span: Span = (0, None)
 
     def __post_init__(self) -> None:
         if not self.layers or len(set(self.layers)) < len(self.layers):
@@ -92,9 +97,8 @@ class Evaluation(NamedTuple):
 class Search:
     """The strengths of one fitted map, evaluation by evaluation.
 
-    First the largest strength within the budget, by the law that cost grows with the square of a
-    small strength, within a bracket; then below it, because more strength is not always more
-    control.
+    First the largest strength within the budget, by a power law of the cost, within a bracket;
+    then below it, because more strength is not always more control.
 
     Args:
         whole: spend the budget as far as it goes. So open tasks are dosed: the preference between
@@ -125,10 +129,7 @@ class Search:
         if spent or low >= MOST or high < gap * low:
             return self._below(low)
         near = low or high
-        guess = near * math.sqrt(aim * self._budget / costs[near]) if costs[near] else 10 * near
-        guess = min(max(guess, near / 10), near * 10, MOST)
-        if len(costs) > 2 and not low:
-            guess = min(guess, FLAT * near)
+        guess = min(following(costs, near, aim * self._budget), MOST)
         if low < guess < high:
             return guess
         return (low + high) / 2 if low else high / 4
@@ -145,15 +146,16 @@ class Search:
         more, the nearer the better.
 
         Of open tasks the log-odds moved, carried from the cost nearest to the budget to all of it:
-        both the shift and the root of a small cost grow with strength.
+        the shift grows with strength, and the cost with a power of it.
         """
         if not self._whole:
             tried = [(found.cost(half), found.control) for found in self.tried.values()]
-            near = [control for cost, control in tried if cost <= NEARLY * self._budget]
-            return max(near) if near else -min(cost for cost, _ in tried) / self._budget
-        costs = [(max(found.cost(half), TINY), found.said) for found in self.tried.values()]
-        cost, said = min(costs, key=lambda one: abs(math.log(one[0] / self._budget)))
-        return said * math.sqrt(self._budget / cost)
+            kept = [control for cost, control in tried if cost <= NEARLY * self._budget]
+            return max(kept) if kept else -min(cost for cost, _ in tried) / self._budget
+        spent = {s: max(found.cost(half), TINY) for s, found in self.tried.items()}
+        near = min(spent, key=lambda s: abs(math.log(spent[s] / self._budget)))
+        carried = math.pow(self._budget / spent[near], 1 / (power(spent, near) or 2))
+        return self.tried[near].said * carried
 
     def _below(self, limit: float) -> float:
         """The middle of the widest gap that is left under the limit, by ratio.

@@ -116,7 +116,13 @@ class Task:
             acts = (
                 through(self.backend, self.contrast, every).rows()
                 if input == "target"
-                else record_parts(self.backend, self.contrast, every)
+                else record_parts(
+                    self.backend,
+                    self.contrast,
+                    every,
+                    read=self.protocol.read,
+                    span=self.protocol.span,
+                )
             )
             self._rows[input, every] = acts, time.perf_counter() - started
         acts, seconds = self._rows[input, every]
@@ -332,6 +338,9 @@ class Task:
         rounds = (len(searches) - 1).bit_length() + 1
         for n in range(rounds - 1):
             each = left // (rounds - n) // len(searches)
+            # A third tells by which power the cost grows; so many the rest can spare, or none.
+            if not n and left - (each + 1) * len(searches) >= needed(-(-len(searches) // 2)):
+                each += 1
             for search in searches.values():
                 for turn in range(each):
                     # The first is the same for both; the second is within both, if any is.
@@ -363,6 +372,8 @@ class Task:
                 made = one.measured(self.meter("in_format validation"), "in_format")
                 bare = _scored("in_format_cost", made).value
             cost, bare = (each if math.isfinite(each) else TOO_DEAR for each in (cost, bare))
+            if not (math.isfinite(gain) and math.isfinite(said)):
+                gain, said = 0.0, -TOO_DEAR
             found = Evaluation(
                 strength=strength,
                 control=gain,
