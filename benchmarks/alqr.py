@@ -15,7 +15,8 @@ named beforehand (``PRIMARY``); whether feedback pays is read off the closed loo
 twin in it at the common budget, Holm-corrected over the tasks. All of one seed, and at the default
 q, r and q_f. Cells, Jacobians and every single evaluation are kept in runs/alqr, cells also packed
 into results/alqr: an interrupted run goes on inside the cell where it was. Two processes may each
-take some tasks (--only). Every stage writes what it found into results/alqr.json.
+take some tasks (--only); once more, when both have ended, writes the figures of all. Every stage
+writes what it found into results/alqr.json.
 """
 
 import argparse
@@ -46,6 +47,7 @@ import suites as looks
 from innsteer import __version__, linearity, load_model, suites
 from innsteer.backends.hf import HF, Memo
 from innsteer.backends.local import opened
+from innsteer.calibration import following
 from innsteer.comparing import Comparison, Contender, Protocol
 from innsteer.comparing.comparison import MEASURED
 from innsteer.comparing.standings import HALVES, Standings, standings
@@ -128,14 +130,14 @@ def tasks_of(data: Path) -> list[Contrast]:
 
 
 def balanced(contrast: Contrast) -> Contrast:
-    """As many lone items of one side as of the other in each part, in their order."""
+    """As many lone items of one side as of the other in each part, within its bound."""
     kept: list[Item] = []
     for part in comparison.PARTS:
         sides = [
             [item for item in contrast.part(part).items if (item.target is None) == lacks]
             for lacks in (False, True)
         ]
-        least = min(map(len, sides))
+        least = min(*map(len, sides), comparison.PARTS[part] // 2)
         kept += [item for pair in zip(*sides, strict=False) for item in pair][: 2 * least]
     return replace(contrast, items=tuple(kept))
 
@@ -263,10 +265,12 @@ def ahead(found: Sequence[Record], lead: str = "") -> list[Figure]:
             for one in comparison.figures([table], ahead=AHEAD)
             if ", p of " not in one["figure"] and ", rank" not in one["figure"]
         ]
-        for row in table_of(own, metric, others).rows:
-            if row.p is not None:
-                told = f"{about}p of the lead over {row.name}, Holm over {len(others)} rows"
-                figures.append(figure(told, row.p, "", "probability", 1))
+        # No name at all would mean all of them.
+        leads = table_of(own, metric, others).rows if others else ()
+        tested = [(row.name, row.p) for row in leads if row.p is not None]
+        for name, p in tested:
+            told = f"{about}p of the lead over {name}, Holm over {len(tested)} rows"
+            figures.append(figure(told, p, "", "probability", 1))
         if task in DAMAGE:
             for row in table_of(own, DAMAGE[task], [TWIN]).rows:
                 if (one := row.control) is not None:
@@ -487,18 +491,17 @@ class Looks:
 
 
 def reaching(length: Callable[[float], float], goal: float, strength: float) -> float:
-    """The strength at which tokens are moved so far, within 3 %, by secant in a bracket."""
-    low, high = 0.0, float("inf")
-    for _ in range(12):
-        found = length(strength)
+    """The strength at which tokens are moved so far, within 3 %, by a power law in a bracket."""
+    low, high, tried = 0.0, float("inf"), dict[float, float]()
+    for _ in range(20):
+        found = tried[strength] = length(strength)
         if abs(found / goal - 1) < 0.03:
             return strength
         low, high = (strength, high) if found < goal else (low, strength)
-        guess = strength * goal / max(found, 1e-9)
+        guess = following(tried, strength, goal)
         strength = guess if low < guess < high else (low + min(high, 4 * strength)) / 2
-    raise BudgetError(
-        f"no strength moves tokens by {goal:.3g} within 3 %; last tried {strength:.3g}"
-    )
+    reached = ", ".join(f"{s:.3g}: {found:.3g}" for s, found in sorted(tried.items()))
+    raise BudgetError(f"no strength tried moves tokens by {goal:.3g} within 3 % ({reached})")
 
 
 # --- results -------------------------------------------------------------------------------------
@@ -508,7 +511,7 @@ def sentence(figures: Sequence[Figure]) -> str:
     """Whether feedback pays: the closed loop against its open-loop twin at the common budget."""
     told = verdicts(figures)
     if not told:
-        return "Whether feedback pays has not been measured yet."
+        return "Whether feedback pays is not known: no loop stands beside a twin within the budget."
     sides = {
         side: [task for task, (own, _) in told.items() if own == side]
         for side in ("ahead", "behind", "not told apart")
@@ -529,7 +532,7 @@ def verdicts(figures: Sequence[Figure]) -> dict[str, tuple[str, str]]:
     named, found = {one["figure"]: one for one in figures}, dict[str, tuple[str, str]]()
     for task in PRIMARY:
         own = {name: one for name, one in named.items() if name.startswith(f"{task}: ")}
-        twin = [one for name, one in own.items() if f"p of the lead over {TWIN}" in name]
+        twin = [one for name, one in own.items() if f"p of the lead over {TWIN}, " in name]
         gaps = [one for name, one in own.items() if one["asked"] and f", {AHEAD}, " in name]
         if not twin:
             continue
@@ -567,7 +570,8 @@ def left(backend: HF, tasks: Sequence[Contrast]) -> str:
         plans = [rows.plan() for rows in known(backend, [task])]
         missing, seconds = sum(one["left"] for one in plans), plans[0]["seconds"]
         hours = "" if seconds is None else f", about {seconds / 3600:.1f} hours for most of them"
-        twin = "" if twins_of(backend, task) else ", and the twin"
+        waits = bool(cells(backend, task, [CLOSED], ROWS.get(task.behaviour) or LAST).left())
+        twin = ", and the twin" if waits else ""
         told.append(f"compare, {task.behaviour}: {missing} cells left{hours}{twin}")
     return "\n".join(told)
 

@@ -39,6 +39,16 @@ def test_a_strength_is_found_on_the_curve(asked, strength):
     assert QUADRATIC.resolve(asked) == pytest.approx(strength)
 
 
+def test_below_the_least_dose_the_cost_grows_as_the_two_least_show():
+    """Feedback costs by the first power: a tenth of a cost is a tenth of a strength."""
+    feedback = curve((0, 0), (1, 0.02), (2, 0.04), (-1, 0.01), (-2, 0.08))
+    assert feedback.resolve("0.002nat") == pytest.approx(0.1)
+    assert feedback.resolve("-0.00125nat") == pytest.approx(-0.5)
+    assert curve((0, 0), (2, 0.08)).resolve("0.02nat") == pytest.approx(1.0), "one dose: the square"
+    flat = curve((0, 0), (1, 0.02), (2, 0.021))
+    assert flat.resolve("0.005nat") == pytest.approx(0.5), "and where hardly any power shows"
+
+
 @pytest.mark.parametrize("asked", ["0.2nat", "-0.09nat"])
 def test_a_cost_beyond_the_curve_is_refused(asked):
     with pytest.raises(BudgetError, match="tune with a larger budget"):

@@ -293,6 +293,21 @@ def test_the_search_finds_the_power_by_which_cost_grows(monkeypatch):
         assert 0.097 <= 0.4 * strength**grows <= 0.1 and len(asked) <= 4, grows
 
 
+def test_noise_between_nearly_equal_strengths_is_no_power():
+    """Costs 3 % off at strengths 1 % apart once sent the check down to 0.6 of what was right."""
+    noise = iter([1.0, 1.03, *[1.0] * 20])
+    strength = tuning.within(lambda s: 0.102 * s**2 * next(noise), 1.0, 0.1)
+    assert strength > 0.95
+
+
+@pytest.mark.parametrize("most", [5.0, 0.3])
+def test_a_cost_without_bound_at_large_strengths_is_searched_below_them(monkeypatch, most):
+    law = lambda s: 1e-4 * s**2 if s < most else math.inf  # noqa: E731
+    monkeypatch.setattr(tuning, "_worst", lambda costs, edit, strength, end: law(strength))
+    strength, _ = tuning._search({}, None, 0.1, silent)
+    assert 0.9 * most < strength < most
+
+
 def test_the_check_ends_where_the_cost_saturates_at_a_small_strength():
     """A gate that lets a few prompts through: they cost all there is, at 1 as at 4."""
     asked = []

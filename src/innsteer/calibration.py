@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +13,13 @@ from innsteer.errors import BudgetError, InputError
 
 BUDGET = 0.0953
 """Default cost budget in nats per token: +10 % expected perplexity of unsteered text."""
+POWERS = (0.5, 4.0)
+"""By which cost may grow with strength: 2 for a small edit, about 1 for feedback."""
+APART = 0.1
+"""By how much strengths differ, in log, whose costs tell the power."""
+FLAT = 0.6
+"""Where cost hardly falls with strength, as behind a gate that a few prompts open: the share of a
+strength that is tried next, at most; so too where half of a check's tries did not do."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +78,9 @@ class Calibration:
     def resolve(self, strength: float | str) -> float:
         """A number from a number, "budget", or a cost like "0.05nat" ("-0.05nat": the other way).
 
-        Between measured strengths the root of the cost is interpolated: for small edits the cost
-        grows with the square of the strength. The budget in nats is "budget" itself, the strength
+        Between measured strengths the root of the cost is interpolated, as for small edits the cost
+        grows with the square of the strength; below the least, by the power that it and the next
+        show. The budget in nats is "budget" itself, the strength
         that is sure to stay within it and whose own mean cost lies somewhat lower; not where that
         was chosen far below the budget.
 
@@ -113,6 +122,11 @@ class Calibration:
                 expected=f"at most {nats[-1]:.4g} nats in this direction",
                 remedy="tune with a larger budget; where no strength costs as much, give a number",
             )
+        if wanted < nats[1]:
+            least = dict(zip(strengths[1:3].tolist(), nats[1:3].tolist(), strict=True))
+            lowest = min(least)
+            grows = power(least, lowest) or 2
+            return float(sign * lowest * math.pow(wanted / least[lowest], 1 / grows))
         return float(sign * np.interp(np.sqrt(wanted), np.sqrt(nats), strengths))
 
     def to_json(self) -> dict[str, Any]:
@@ -152,3 +166,37 @@ def parse_number(text: str) -> float:
             remedy="innsteer tune finds the strength that the cost budget allows",
         )
     return value
+
+
+def power(costs: Mapping[float, float], near: float) -> float | None:
+    """By which cost grows with strength around one that was tried; None where it hardly does.
+
+    Of one strength that costs something the square, by which the cost of a small edit grows.
+
+    >>> power({1.0: 0.2}, 1.0), round(power({1.0: 0.2, 0.5: 0.1}, 1.0) or 0, 6)
+    (2.0, 1.0)
+    """
+    known = {s: cost for s, cost in costs.items() if 0 < cost < math.inf}
+    # Of strengths that are nearly alike noise would tell the power.
+    others = [s for s in known if abs(math.log(s / near)) >= APART]
+    if not others or near not in known:
+        return 2.0
+    other = min(others, key=lambda s: abs(math.log(s / near)))
+    found = math.log(costs[other] / costs[near]) / math.log(other / near)
+    least, most = POWERS
+    return min(found, most) if found >= least else None
+
+
+def following(costs: Mapping[float, float], near: float, aim: float) -> float:
+    """The strength that should cost so much, by the law around one that was tried.
+
+    At most ten times as much or as little.
+
+    >>> following({1.0: 0.4}, 1.0, 0.1), round(following({1.0: 0.2, 0.5: 0.1}, 0.5, 0.05), 6)
+    (0.5, 0.25)
+    """
+    if costs[near] <= 0:
+        return near * 10
+    grows, ratio = power(costs, near), aim / costs[near]
+    share = min(max(math.pow(ratio, 1 / (grows or 2)), 0.1), 10)
+    return near * (min(share, FLAT) if grows is None and ratio < 1 else share)

@@ -276,7 +276,7 @@ def choose_value(
         sites, read, span: as of ``fit``.
 
     Raises:
-        InputError: a method without choices, or all of them named.
+        InputError: a method without choices, or all of them named. DataError: no validation part.
         BudgetError: the budget can be spent with none of them.
     """
     steerer = get(method, **fields)

@@ -10,7 +10,7 @@ import numpy as np
 
 from innsteer.backends.base import Completion, Kind, Progress, Prompt, Sampling, silent
 from innsteer.backends.hf import HF, Meter
-from innsteer.calibration import BUDGET, Calibration, Dose
+from innsteer.calibration import BUDGET, FLAT, Calibration, Dose, following
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError, InputError, MismatchError
 from innsteer.fitting import check_unseen, linearised, record_parts, through
@@ -23,11 +23,6 @@ from innsteer.suites import behaviour as suites
 
 CHECKS = 12
 STAGES = 8
-POWERS = (0.5, 4.0)
-"""By which cost may grow with strength: 2 for a small edit, about 1 for feedback."""
-FLAT = 0.6
-"""Where cost hardly falls with strength, as behind a gate that a few prompts open: the share of a
-strength that is tried next, at most."""
 FRACTIONS = (0.25, 0.5, 0.75, 1.0, 1.5)
 Costs = Mapping[str, Meter]
 """Halves of the cost by their metric's name."""
@@ -112,8 +107,8 @@ def tune(
 ) -> Steering:
     """Find the strength of most effect within a cost budget, and the dose-response curve around it.
 
-    The neutral cost grows with the square of a small strength, so the search scales by the root of
-    budget over cost until it lies within 3 % under the budget. The last check asks that the upper
+    The search scales by the power with which the strengths tried show the cost to grow, 2 for a
+    small edit, until it lies within 3 % under the budget. The last check asks that the upper
     end of the cost's 90 % interval, on at least ``check_tokens`` response tokens of at least 100
     neutral prompts of the validation part, stays within the budget; else strength shrinks. Where
     far less strength has the same effect, as behind a gate, that is taken. The curve is measured on
@@ -340,45 +335,13 @@ def _search(costs: Costs, edit: EditAt, budget: float, progress: Progress) -> tu
         guess = following(tried, strength, 0.985 * budget)
         if not low < guess < high:
             guess = (low + high) / 2 if math.isfinite(high) else low * 2
-        if not 1e-4 < guess < 1e4:
+        if not 1e-4 <= guess <= 1e4 or guess in tried:
             break
         strength = guess
     progress("search", STAGES, STAGES)
     if low == 0:
         raise _unspent(budget, f"strength {high:g} costs more")
     return low, spent if math.isinf(high) else budget
-
-
-def power(costs: Mapping[float, float], near: float) -> float | None:
-    """By which cost grows with strength around one that was tried; None where it hardly does.
-
-    Of one strength that costs something the square, by which the cost of a small edit grows.
-
-    >>> power({1.0: 0.2}, 1.0), round(power({1.0: 0.2, 0.5: 0.1}, 1.0) or 0, 6)
-    (2.0, 1.0)
-    """
-    others = [s for s, cost in costs.items() if s != near and cost > 0]
-    if not others or costs[near] <= 0:
-        return 2.0
-    other = min(others, key=lambda s: abs(math.log(s / near)))
-    found = math.log(costs[other] / costs[near]) / math.log(other / near)
-    least, most = POWERS
-    return min(found, most) if found >= least else None
-
-
-def following(costs: Mapping[float, float], near: float, aim: float) -> float:
-    """The strength that should cost so much, by the law around one that was tried.
-
-    At most ten times as much or as little.
-
-    >>> following({1.0: 0.4}, 1.0, 0.1), round(following({1.0: 0.2, 0.5: 0.1}, 0.5, 0.05), 6)
-    (0.5, 0.25)
-    """
-    if costs[near] <= 0:
-        return near * 10
-    grows, ratio = power(costs, near), aim / costs[near]
-    share = min(max(math.pow(ratio, 1 / (grows or 2)), 0.1), 10)
-    return near * (min(share, FLAT) if grows is None and ratio < 1 else share)
 
 
 def _unspent(budget: float, even: str) -> BudgetError:

@@ -18,7 +18,7 @@ from innsteer.activations import Activations
 from innsteer.backends.hf import HF
 from innsteer.comparing import Comparison, Contender, Protocol, contenders, task
 from innsteer.comparing import comparison as sharing
-from innsteer.comparing.search import MOST, Evaluation, Search
+from innsteer.comparing.search import MOST, TOO_DEAR, Evaluation, Search
 from innsteer.comparing.standings import HALVES, _costs_plot, page, standings
 from innsteer.comparing.task import Cell, shuffled
 from innsteer.errors import BudgetError, InnsteerError, InputError, MissingPackage, UnknownName
@@ -227,6 +227,30 @@ def test_what_feeds_back_is_kept_for_what_it_moves_at_the_budget(grows):
     assert search.worth("neutral") == pytest.approx(0.1 ** (1 / grows))
     search.step("neutral")
     assert search.following("neutral") and search.best("neutral").neutral > 0.09
+
+
+def test_what_can_never_say_much_is_not_kept_for_what_its_cost_would_leave():
+    """A place that moves next to nothing at next to no cost stops at the largest strength."""
+    real = Search(lambda s: Evaluation(0, s, 1.0, 0.025 * s**2, 0.0, 1.5 * s), 0.1, whole=True)
+    for law in (lambda s: 4e-6 * s, lambda s: 2e-5 * s**0.6, lambda s: 4e-8 * s**2):
+        feeble = Search(
+            lambda s, law=law: Evaluation(0, s, 1.0, law(s), 0.0, 0.005 * s), 0.1, whole=True
+        )
+        for one in (real, feeble):
+            for _ in range(3):
+                one.step("neutral")
+        assert feeble.worth("neutral") == pytest.approx(0.005 * MOST)
+        assert feeble.worth("neutral") < real.worth("neutral")
+
+
+def test_a_strength_at_which_control_is_no_number_is_not_taken():
+    search = Search(
+        lambda s: Evaluation(0, s, 0.0, 0.09, 0.0, -TOO_DEAR if s >= 1 else s), 0.1, whole=True
+    )
+    search.step("neutral")
+    assert search.best("neutral") is None
+    search.tried[0.5] = Evaluation(0, 0.5, 0.6, 0.05, 0.0, 0.5)
+    assert search.best("neutral").strength == 0.5
 
 
 def test_three_looks_decide_where_that_leaves_enough(model, tmp_path):
@@ -643,9 +667,9 @@ def test_a_budget_that_cannot_be_met_leaves_the_figures_of_the_other(model, tmp_
 def test_the_time_of_a_fit_is_its_own_and_recording_is_charged_to_all(model, tmp_path, monkeypatch):
     recorded = task.record_parts
 
-    def slow(*args):
+    def slow(*args, **how):
         time.sleep(1)
-        return recorded(*args)
+        return recorded(*args, **how)
 
     monkeypatch.setattr(task, "record_parts", slow)
     rows = [Contender.of("random-direction"), Contender.of("diffmean"), Contender.of("ridge")]

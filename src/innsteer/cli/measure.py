@@ -12,7 +12,6 @@ from innsteer.cli.options import (
     JSON,
     JSON_FILE,
     MODEL,
-    READ,
     SEED,
     STEERING,
     STRENGTH,
@@ -139,7 +138,10 @@ def compare(
     evaluations: Annotated[
         int | None, typer.Option(help="Validation evaluations per cell; default: 24.")
     ] = None,
-    read: READ = "",
+    read: Annotated[
+        str,
+        typer.Option(help="Answer tokens that become recorded rows: last, mean, span:START:STOP."),
+    ] = "",
     seeds: Annotated[str, typer.Option(help="Seeds of the fits: 0,1,2.")] = "0",
     instruction: Annotated[
         list[str] | None,

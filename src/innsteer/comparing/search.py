@@ -8,17 +8,19 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from innsteer.activations import Read
-from innsteer.calibration import BUDGET
+from innsteer.calibration import BUDGET, following, power
 from innsteer.comparing.standings import Half
 from innsteer.errors import InputError
 from innsteer.models import LanguageModel
 from innsteer.site import Span
-from innsteer.tuning import following, power
 
 MOST = 64.0
 """No larger strength is tried."""
 TINY = 1e-6
 """Nats below which a cost is rounding."""
+TOO_DEAR = 1e6
+"""Nats that stand for a cost that is no number, as where a map breaks the model; less as many for
+what it says."""
 ALIKE = 0.03
 """Control that differs by no more is alike: about a standard error of 48 items."""
 NEARLY = 1.5
@@ -152,10 +154,11 @@ class Search:
             tried = [(found.cost(half), found.control) for found in self.tried.values()]
             kept = [control for cost, control in tried if cost <= NEARLY * self._budget]
             return max(kept) if kept else -min(cost for cost, _ in tried) / self._budget
-        spent = {s: max(found.cost(half), TINY) for s, found in self.tried.items()}
-        near = min(spent, key=lambda s: abs(math.log(spent[s] / self._budget)))
-        carried = math.pow(self._budget / spent[near], 1 / (power(spent, near) or 2))
-        return self.tried[near].said * carried
+        costs = {s: found.cost(half) for s, found in self.tried.items()}
+        near = min(costs, key=lambda s: abs(math.log(max(costs[s], TINY) / self._budget)))
+        grows = max(power(costs, near) or 2, 1)
+        carried = math.pow(self._budget / max(costs[near], TINY), 1 / grows)
+        return self.tried[near].said * min(carried, MOST / near)
 
     def _below(self, limit: float) -> float:
         """The middle of the widest gap that is left under the limit, by ratio.
@@ -176,7 +179,8 @@ class Search:
         """
         inside = [e for e in self.tried.values() if e.cost(half) <= self._budget]
         if self._whole:
-            return max(inside, key=lambda e: e.strength, default=None)
+            told = [e for e in inside if e.said > -TOO_DEAR]
+            return max(told, key=lambda e: e.strength, default=None)
         most = max((e.control for e in inside), default=0.0)
         alike = [e for e in inside if e.control >= most - ALIKE]
         return max(alike, key=lambda e: (e.said, -e.strength), default=None)

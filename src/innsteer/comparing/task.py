@@ -20,7 +20,7 @@ from innsteer.backends.local import Local
 from innsteer.backends.lora import LoRA, LoRATraining
 from innsteer.backends.through import Through
 from innsteer.comparing.contenders import LORA, SHUFFLED, Contender, Input
-from innsteer.comparing.search import Evaluation, Protocol, Search, needed
+from innsteer.comparing.search import TOO_DEAR, Evaluation, Protocol, Search, needed
 from innsteer.comparing.standings import HALVES, Half
 from innsteer.contrast import Contrast
 from innsteer.errors import BudgetError
@@ -45,8 +45,6 @@ from innsteer.tuning import control, control_meter, control_metric, within
 
 OVER, TIMES = 1.1, 3
 """Of the budget, what the test part may cost at most; strengths that are tested for it."""
-TOO_DEAR = 1e6
-"""Nats that stand for a cost that is no number, as where a map breaks the model."""
 
 
 class Cell(NamedTuple):
@@ -344,15 +342,17 @@ class Task:
             for search in searches.values():
                 for turn in range(each):
                     # The first is the same for both; the second is within both, if any is.
-                    search.step(half if turn % 2 else "neutral")
-            left -= each * len(searches)
+                    binding: Half = half if turn % 2 else "neutral"
+                    if not search.done(binding):
+                        search.step(binding)
+                        left -= 1
             # One half as much as the other.
             worth = {at: sum(map(search.worth, self._halves)) for at, search in searches.items()}
             kept = sorted(worth, key=lambda at: worth[at], reverse=True)[: -(-len(worth) // 2)]
             searches = {place: searches[place] for place in sorted(kept)}
         ((place, search),) = searches.items()
         for n in range(left):
-            binding: Half = half if n % 2 == 0 else "neutral"
+            binding = half if n % 2 == 0 else "neutral"
             if not search.done(binding):
                 search.step(binding)
         return place, search, evaluated
