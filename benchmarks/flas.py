@@ -621,8 +621,13 @@ def foreign(backend: HF, folders: Sequence[Path], plan: dict[str, Any]) -> list[
     return [row for row in found if row.concept in few]
 
 
-def figures(work: Path, plan: dict[str, Any], axbench: Sequence[Path]) -> dict[str, Any]:
-    """All that is measured of the trained field; what was measured is not measured again."""
+def figures(
+    work: Path, plan: dict[str, Any], axbench: Sequence[Path], only: Sequence[str]
+) -> dict[str, Any]:
+    """All that is measured of the trained field; what was measured is not measured again.
+
+    Of some pieces ``only``: they are kept, and there are no figures before all are.
+    """
     if not (work / "field").exists():
         sys.exit(f"{work / 'field'} is not there: run --stage train first")
     known, steering = table(work, plan), Steering.load(work / "field")
@@ -655,11 +660,15 @@ def figures(work: Path, plan: dict[str, Any], axbench: Sequence[Path]) -> dict[s
     pieces["decoding"] = lambda: decoding(steering)
     few = unseen[:: max(len(unseen) // 100, 1)]
     pieces["steps"] = lambda: trajectories(backend, steering, few, longest, plan["repeats"])
-    found: list[Any] = []
     for name, make in pieces.items():
-        done = record(work, "pieces", {})
-        part = done[name] if name in done else make()
-        record(work, "pieces", {name: part})
+        if name not in record(work, "pieces", {}) and name in (only or pieces):
+            record(work, "pieces", {name: make()})
+    done, found = record(work, "pieces", {}), list[Any]()
+    if missing := [name for name in pieces if name not in done]:
+        print(f"no figures before these pieces: {', '.join(missing)}", file=sys.stderr)
+        return {}
+    for name in pieces:
+        part = done[name]
         if name in sources:
             part, chosen[name] = part
         found += part
@@ -710,6 +719,13 @@ def main() -> None:
     parser.add_argument(
         "--axbench", type=Path, nargs="+", default=[], help="folders of AxBench's layout"
     )
+    parser.add_argument(
+        "--pieces",
+        nargs="+",
+        choices=("unseen", "axbench", "course", "decoding", "steps"),
+        default=[],
+        help="of the figures, so that two processes may share them; default: all that are missing",
+    )
     asked = parser.parse_args()
     plan = SMOKE if asked.smoke else FULL
     stages = asked.stage or STAGES
@@ -730,7 +746,7 @@ def main() -> None:
             elif name == "train":
                 train(work, plan, table(work, plan))
             elif name == "figures":
-                found = figures(work, plan, asked.axbench)
+                found = figures(work, plan, asked.axbench, asked.pieces)
             else:
                 found = share(work, plan)
         if found:
