@@ -97,7 +97,7 @@ def test_a_description_says_what_the_class_says(method):
     kind = type(made)
     declared = {name for name in Steerer.__annotations__}
     told = {"paper", "needs", "sites", "trained", "invertible", "erases"}
-    told |= {"across_sites", "across_tokens"}
+    told |= {"across_sites", "across_tokens", "choices"}
     assert told == declared
     for name in declared:
         said = list(kind.needs) if name == "needs" else getattr(kind, name)
@@ -160,6 +160,7 @@ def test_a_method_of_another_package_is_listed_described_and_made(plug):
         "across_sites": False,
         "across_tokens": False,
         "fields": ["dial"],
+        "choices": {},
     }
     assert "outside_impl" not in sys.modules  # described without being imported
     made = steerer.get("outside", dial=3.0)

@@ -59,7 +59,7 @@ def _literals(node: ast.ClassDef) -> dict[str, Any]:
     doc = (ast.get_docstring(node) or "").partition("\n")[0]
     found: dict[str, Any] = {"summary": doc, "paper": "", "needs": ["classes"], "sites": "any"}
     found |= {"trained": False, "invertible": False, "erases": False}
-    found |= {"across_sites": False, "across_tokens": False}
+    found |= {"across_sites": False, "across_tokens": False, "choices": {}}
     found["fields"] = []
     for line in node.body:
         if not (isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)):
