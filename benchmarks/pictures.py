@@ -229,6 +229,8 @@ def learning() -> go.Figure:
         (r"unseen: field after (\d+) updates", r"unseen: field of (\d+) concepts"), 1
     ):
         own = [(int(m[1]), one) for name, one in found.items() if (m := re.match(pattern, name))]
+        if not own:
+            continue
         own.sort(key=lambda pair: pair[0])
         top = max([top, *(one["high"] for _, one in own)])
         figure.add_scatter(
