@@ -195,7 +195,9 @@ def flow() -> go.Figure:
     )
     figure = go.Figure()
     steps = ["1", "3", "10"]
-    layout: dict[str, Any] = {"grid": {"rows": 1, "columns": 3, "pattern": "independent"}}
+    layout: dict[str, Any] = {
+        "grid": {"rows": 1, "columns": 3, "pattern": "independent", "xgap": 0.3}
+    }
     for place, (words, title) in enumerate(panels, 1):
         own = [
             next(
@@ -224,15 +226,14 @@ def learning() -> go.Figure:
     """What the field knows of concepts that it never saw: over updates, and over concepts."""
     kept = read("flas.json")
     found = {one["figure"]: one for one in kept["figures"] + kept.get("share_figures", [])}
-    figure, top = go.Figure(), 0.0
+    figure, top, least = go.Figure(), 0.0, 0.0
     for place, pattern in enumerate(
         (r"unseen: field after (\d+) updates", r"unseen: field of (\d+) concepts"), 1
     ):
         own = [(int(m[1]), one) for name, one in found.items() if (m := re.match(pattern, name))]
-        if not own:
-            continue
         own.sort(key=lambda pair: pair[0])
         top = max([top, *(one["high"] for _, one in own)])
+        least = min([least, *(one["low"] for _, one in own)])
         figure.add_scatter(
             x=[count for count, _ in own], y=[one["value"] for _, one in own],
             xaxis=f"x{place}", yaxis=f"y{place}", mode="lines+markers", showlegend=False,
@@ -250,15 +251,18 @@ def learning() -> go.Figure:
             "title": f"concepts, {kept['plan']['share_updates']} updates",
             "rangemode": "tozero",
         },
-        yaxis={"title": "own less other concept, nats per token", "range": [0, 1.1 * top]},
-        yaxis2={"range": [0, 1.1 * top]},
+        yaxis={
+            "title": "own less other concept, nats per token",
+            "range": [1.1 * least, 1.1 * top],
+        },
+        yaxis2={"range": [1.1 * least, 1.1 * top]},
     )
     return styled(figure, "What a field knows of fifty unseen concepts", 460)
 
 
 PICTURES = {one.__name__: one for one in (control, race, ablations, interference, flow, learning)}
-LATE = ("flow", "learning")
-"""Pictures of figures that take hours."""
+LATE = {"flow": "figures", "learning": "share_figures"}
+"""Pictures of figures that take hours, and what results/flas.json must have for them."""
 
 
 def photograph(figure: go.Figure, name: str, html: bool) -> None:
@@ -285,7 +289,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    ready = [name for name in PICTURES if name not in LATE or (HERE / "results/flas.json").exists()]
+    flas = read("flas.json")
+    ready = [name for name in PICTURES if LATE.get(name, "figures") in flas]
     parser.add_argument("--only", default=",".join(ready))
     parser.add_argument("--html", action="store_true")
     given = parser.parse_args()
