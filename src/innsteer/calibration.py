@@ -79,10 +79,10 @@ class Calibration:
         """A number from a number, "budget", or a cost like "0.05nat" ("-0.05nat": the other way).
 
         Between measured strengths the root of the cost is interpolated, as for small edits the cost
-        grows with the square of the strength; below the least, by the power that it and the next
-        show. The budget in nats is "budget" itself, the strength
-        that is sure to stay within it and whose own mean cost lies somewhat lower; not where that
-        was chosen far below the budget.
+        grows with the square of the strength; below the least it grows by the power that it and
+        the next show. The budget in nats is "budget" itself, the strength that is sure to stay
+        within it and whose own mean cost lies somewhat lower; not where that was chosen far below
+        the budget.
 
         Raises:
             InputError: not one of these. BudgetError: a cost beyond the measured curve, or in a

@@ -226,7 +226,7 @@ def test_what_feeds_back_is_kept_for_what_it_moves_at_the_budget(grows):
         search.step("neutral")
     assert search.worth("neutral") == pytest.approx(0.1 ** (1 / grows))
     search.step("neutral")
-    assert search.following("neutral") and search.best("neutral").neutral > 0.09
+    assert search.next("neutral") and search.best("neutral").neutral > 0.09
 
 
 def test_what_can_never_say_much_is_not_kept_for_what_its_cost_would_leave():

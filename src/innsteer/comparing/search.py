@@ -115,10 +115,10 @@ class Search:
 
     def step(self, half: Half) -> None:
         """One evaluation, where it tells most about this half's budget."""
-        strength = self.following(half)
+        strength = self.next(half)
         self.tried[strength] = self._evaluate(strength)
 
-    def following(self, half: Half) -> float:
+    def next(self, half: Half) -> float:
         """The strength to evaluate next."""
         if not self.tried:
             return 1.0
